@@ -1,0 +1,242 @@
+"""Grouped products: the rows of each expert times the expert's own matrix, and the gradient of that matrix.
+
+All sizes that depend on the routing stay on the device: the grid covers the worst case (`row_tiles`), and each program
+finds its expert from the offsets (`expert_tile`). Products accumulate in fp32. Tiles come from `choose_tile`, a rule;
+nothing is tuned at run time, and the number of tokens changes no compile-time constant but the tile's row count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moefx.codegen.triton_launch import (
+    check_dtypes,
+    expert_tile,
+    float32_precision,
+    interpreted,
+    on_device,
+    power_of_2,
+    row_tiles,
+    unit_columns,
+)
+from moefx.errors import InputError
+
+# Row tiles whose programs run near each other walk over the same columns of the weight, which stays in the L2 cache.
+GROUP = 8
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program makes `rows` x `columns` results in steps of `inner` summands, with `warps` warps and `stages` buffers."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    def shared_bytes(self, itemsize: int, products: int = 1) -> int:
+        """Shared memory of the operands' buffers for `products` products that share the left operand."""
+        return self.stages * self.inner * (self.rows + products * self.columns) * itemsize
+
+
+def choose_tile(
+    dtype: torch.dtype, precision: str, rows_per_expert: int, columns: int, shared_bytes: int, products: int = 1
+) -> Tile:
+    """The tile of a grouped product: by dtype, mean rows per expert, result columns and the chip's shared memory.
+
+    Rows: the least power of two >= rows_per_expert in 16..128, so that a tile is not mostly padding.
+    """
+    rows = power_of_2(rows_per_expert, least=16, most=128)
+    if dtype.itemsize == 2:
+        if rows < 128:
+            tile = Tile(rows, 128, 64, 4, 4)
+        elif columns >= 256:
+            tile = Tile(128, 256, 64, 8, 3)
+        else:
+            tile = Tile(128, 128, 64, 8, 3)
+    elif precision == "tf32":
+        tile = Tile(rows, 128, 32, 4 if rows < 128 else 8, 3)
+    else:
+        tile = Tile(min(rows, 64), 64, 32, 4, 2)
+    if products > 1:
+        tile = replace(tile, columns=tile.columns // 2)
+    while tile.stages > 2 and tile.shared_bytes(dtype.itemsize, products) > shared_bytes:
+        tile = replace(tile, stages=tile.stages - 1)
+    if tile.shared_bytes(dtype.itemsize, products) > shared_bytes:
+        tile = replace(tile, inner=tile.inner // 2)
+    return tile
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def tile_for(rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1) -> Tile:
+    """`choose_tile` for these operands; a small tile in the interpreter."""
+    if interpreted():
+        return Tile(32, 32, 32, 4, 1)
+    precision = float32_precision()
+    return choose_tile(rows.dtype, precision, -(-total_rows // experts), columns, _shared_bytes(rows.device), products)
+
+
+# ------------------------------------------------------------------------------------------------ rows @ weight
+
+
+@triton.jit
+def swizzle(program, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(row tile, column tile) of a program: groups of GROUP row tiles walk over the columns together."""
+    group = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    inside = program % (GROUP * tiles_n)
+    return group * GROUP + inside % height, inside // height
+
+
+@triton.jit
+def left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER: tl.constexpr):
+    """Pointers [BM, 1] to the rows of a tile. Rows past the expert's end repeat the first one: read, never stored.
+
+    With GATHER, row r is token order[r] // top_k: the permuted copy of the tokens is never made.
+    """
+    row = tl.where(row < end, row, row0).to(tl.int64)
+    if GATHER:
+        row = tl.load(order + row) // top_k
+    return rows + row[:, None] * stride_r
+
+
+@triton.jit(do_not_specialize=["tiles_m"])
+def grouped_linear_kernel(
+    rows, order, weight, offsets, out, n_in, n_out, stride_r, stride_e, stride_i, stride_o, experts, tiles_m, tiles_n, top_k,
+    GATHER: tl.constexpr, EVEN_I: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [R, O] = rows [R, I] @ weight[expert of the row] [I, O]. Grid (tiles_m * tiles_n,), one tile of out each."""
+    tile, tile_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    expert, row0, end = expert_tile(offsets, tile, experts, BLOCK_E, BM)
+    if row0 < end:
+        row = row0 + tl.arange(0, BM)
+        column = tile_n * BN + tl.arange(0, BN)[None, :]
+        inner = tl.arange(0, BK)
+        a = left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER) + inner[None, :]
+        b = weight + expert.to(tl.int64) * stride_e + inner[:, None] * stride_i + column.to(tl.int64) * stride_o
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        for i0 in range(0, n_in, BK):
+            if EVEN_I:
+                left = tl.load(a)
+                right = tl.load(b, mask=column < n_out, other=0.0)
+            else:
+                left = tl.load(a, mask=inner[None, :] < n_in - i0, other=0.0)
+                right = tl.load(b, mask=(inner[:, None] < n_in - i0) & (column < n_out), other=0.0)
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+            a += BK
+            b += BK * stride_i
+        target = out + row.to(tl.int64)[:, None] * n_out + column
+        tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n_out))
+
+
+def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor, op: str) -> Tensor:
+    check_dtypes(op, same=True, rows=rows, weight=weight)
+    experts, inner, columns = weight.shape
+    if rows.shape[1] != inner or offsets.numel() != experts + 1:
+        raise InputError(
+            f"{op}: rows {tuple(rows.shape)} and {offsets.numel()} offsets do not fit weight [E, I, O] = {tuple(weight.shape)}"
+        )
+    rows = unit_columns(rows)
+    total = rows.shape[0] if order is None else order.numel()
+    out = rows.new_empty(total, columns)
+    if out.numel():
+        tile = tile_for(rows, total, experts, columns)
+        tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(columns, tile.columns)
+        with on_device(rows):
+            grouped_linear_kernel[(tiles_m * tiles_n,)](
+                rows, offsets if order is None else order, weight, offsets, out, inner, columns, rows.stride(0),
+                *weight.stride(), experts, tiles_m, tiles_n, top_k, GATHER=order is not None,
+                EVEN_I=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=GROUP, BLOCK_E=power_of_2(experts),
+                BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+    return out
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """[R, O]: each row of rows [R, I] @ its expert's matrix, weight [E, I, O]; see `moefx.ops.grouped_linear`."""
+    return _launch_linear(rows, None, 1, weight, offsets, "grouped_linear")
+
+
+def gather_linear(x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
+    """grouped_linear(gather_rows(x, order, top_k, offsets), weight, offsets) without the permuted copy of x [T, I]."""
+    return _launch_linear(x, order, top_k, weight, offsets, "gather_linear")
+
+
+# ------------------------------------------------------------------------------------------------ rows^T @ grad
+
+
+@triton.jit
+def grouped_wgrad_kernel(
+    rows, order, grad, offsets, out, n_in, n_out, stride_r, stride_g, stride_e, stride_i, stride_o, tiles_i, tiles_o, top_k,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out[e] [I, O] = rows_e [n, I]^T @ grad_e [n, O]. Grid (E * tiles_i * tiles_o,), one tile of one expert's matrix each.
+
+    A program walks over the expert's n rows in order, BR at a time; rows past the end count as zeros, so an expert
+    without rows gets zeros.
+    """
+    expert = tl.program_id(0) // (tiles_i * tiles_o)
+    tile_i, tile_o = swizzle(tl.program_id(0) % (tiles_i * tiles_o), tiles_i, tiles_o, GROUP)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    i = tile_i * BI + tl.arange(0, BI)[:, None]
+    o = tile_o * BO + tl.arange(0, BO)[None, :]
+    total = tl.zeros((BI, BO), dtype=tl.float32)
+    for r0 in range(start, end, BR):
+        row = r0 + tl.arange(0, BR)
+        held = row < end
+        source = row.to(tl.int64)
+        if GATHER:
+            source = tl.load(order + row, mask=held, other=0) // top_k
+        left = tl.load(rows + source[None, :] * stride_r + i, mask=held[None, :] & (i < n_in), other=0.0)
+        right = tl.load(grad + row.to(tl.int64)[:, None] * stride_g + o, mask=held[:, None] & (o < n_out), other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    target = out + expert.to(tl.int64) * stride_e + i.to(tl.int64) * stride_i + o.to(tl.int64) * stride_o
+    tl.store(target, total.to(out.dtype.element_ty), mask=(i < n_in) & (o < n_out))
+
+
+def _launch_wgrad(rows: Tensor, order: Tensor | None, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor, op: str) -> None:
+    check_dtypes(op, same=True, rows=rows, grad=grad)
+    check_dtypes(op, out=out)
+    experts, inner, columns = out.shape
+    if rows.shape[1] != inner or grad.shape[1] != columns or offsets.numel() != experts + 1:
+        raise InputError(
+            f"{op}: rows {tuple(rows.shape)}, grad {tuple(grad.shape)} and {offsets.numel()} offsets do not fit "
+            f"out [E, I, O] = {tuple(out.shape)}"
+        )
+    if not out.numel():
+        return
+    rows, grad = unit_columns(rows), unit_columns(grad)
+    tile = tile_for(rows, 128 * experts, experts, columns)  # every tile of the matrix is full, whatever the rows
+    tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
+    with on_device(rows):
+        grouped_wgrad_kernel[(experts * tiles_i * tiles_o,)](
+            rows, offsets if order is None else order, grad, offsets, out, inner, columns, rows.stride(0), grad.stride(0),
+            *out.stride(), tiles_i, tiles_o, top_k, GATHER=order is not None, PRECISION=float32_precision(), GROUP=GROUP,
+            BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def grouped_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[e] = rows_e^T @ grad_e for every expert, out [E, I, O] any strides; see `moefx.ops.grouped_wgrad`."""
+    _launch_wgrad(rows, None, 1, grad, offsets, out, "grouped_wgrad")
+
+
+def gather_wgrad(x: Tensor, order: Tensor, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """grouped_wgrad(gather_rows(x, order, top_k, offsets), grad, offsets, out) without the permuted copy of x [T, I]."""
+    _launch_wgrad(x, order, top_k, grad, offsets, out, "gather_wgrad")

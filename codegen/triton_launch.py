@@ -1,0 +1,88 @@
+"""What all Triton kernels of moefx share: which dtypes they take, how they are launched, which expert owns a tile of rows.
+
+Letters as everywhere: T tokens, K slots per token, R = T*K routed rows, E experts; I and O are the input and output
+features of a product. Rows behind offsets[E] belong to no expert: no kernel reads them and no kernel writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moefx.errors import InputError
+
+
+@triton.jit
+def expert_tile(offsets, tile, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr):
+    """The expert that owns row tile `tile`, the tile's first row, and the end of the expert's rows.
+
+    Expert e owns the tiles first(e) .. first(e + 1) - 1 with first(e) = offsets[e] // BM + e: a closed form, so no scan
+    over the experts is needed, and at least ceil(rows of e / BM) of them. A tile whose first row is not before the end
+    has nothing to do. All experts together own `row_tiles(R, E, BM)` tiles at most, whatever the routing.
+    """
+    e = tl.arange(0, BLOCK_E)
+    first = tl.load(offsets + e, mask=e < experts, other=0) // BM + e
+    owner = tl.sum(((first <= tile) & (e < experts)).to(tl.int32), axis=0) - 1
+    start = tl.load(offsets + owner)
+    end = tl.load(offsets + owner + 1)
+    return owner, start + (tile - start // BM - owner) * BM, end
+
+
+def row_tiles(rows: int, experts: int, block: int) -> int:
+    """How many tiles of `block` rows cover `rows` rows of `experts` experts, at worst: no tile spans two experts."""
+    return rows // block + experts
+
+
+def interpreted() -> bool:
+    """True when the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
+    return not isinstance(expert_tile, triton.runtime.JITFunction)
+
+
+def supports(dtype: torch.dtype) -> str | None:
+    """None when the kernels take this dtype; otherwise the reason why not."""
+    if dtype is torch.bfloat16 and interpreted():
+        return "Triton's interpreter computes bfloat16 wrongly; use float16 or float32 there"
+    if dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    if dtype is torch.float64:
+        return "the Triton kernels accumulate in float32; float64 needs the torch ops"
+    return f"the Triton kernels take bfloat16, float16 and float32, not {dtype}"
+
+
+def check_dtypes(op: str, same: bool = False, **tensors: torch.Tensor | None) -> None:
+    """Raises InputError unless the kernels support the dtype of every tensor (and, with `same`, there is only one)."""
+    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    for name, dtype in dtypes.items():
+        if reason := supports(dtype):
+            raise InputError(f"{op}: {name} is {dtype}: {reason}")
+    if same and len(set(dtypes.values())) > 1:
+        raise InputError(f"{op}: one dtype expected, got {dtypes}; cast the operands first")
+
+
+def float32_precision() -> str:
+    """How tl.dot multiplies float32: "tf32" only where torch's own matmul may use it."""
+    try:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    except RuntimeError:  # torch refuses the old flag once the new one was used
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def unit_columns(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with adjacent features: kernels take any row stride, but a feature stride of 1."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
+    """The power of two not below n, kept within [least, most]."""
+    return max(least, min(most, triton.next_power_of_2(max(n, 1))))

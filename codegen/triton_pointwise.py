@@ -1,0 +1,915 @@
+"""A pointwise segment of an expert template becomes Triton source: its value, its gradient, and its value in the epilogue
+of the grouped product that feeds it.
+
+Program element (r, j) makes outputs[r, j]. A template value is needed there at the columns start + step*j, where (start,
+step) follows from the `columns` instructions between it and the output: (0, 1) without any. So a fused or interleaved
+gate/up is read in place. The gradient is reverse mode over the same lines, with the derivatives of the table `RULES`.
+All arithmetic is in fp32, whatever the storage dtype; casts between floating dtypes inside a segment therefore change
+nothing but the dtype of the result.
+
+    compile_pointwise(template, segment, leaves) -> Pointwise | Unsupported
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from textwrap import indent
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moefx.codegen import triton_grouped, triton_launch
+from moefx.codegen.triton_launch import check_dtypes, float32_precision, on_device, power_of_2, row_tiles, unit_columns
+from moefx.codegen.triton_permute import expert_sum
+from moefx.errors import InputError
+from moefx.ir import Instr, Leaf, LeafRef, Ref, Template
+from moefx.segments import Segment, leaf_refs
+
+# Generated kernels handle about this many elements a program.
+ELEMENTS = 2048
+# The epilogue of a grouped product holds at most this many accumulators (gate and up).
+MAX_PRODUCTS = 2
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Why a segment has no Triton form: the caller runs it with torch."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------ functions of kernels
+
+
+@triton.jit
+def tanh(x):
+    """tanh without cancellation: a series near 0, else 1 - 2 / (exp(2|x|) + 1) with the sign of x."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    return tl.where(size < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0: a series near 0."""
+    return tl.where(x < 0.01, x * (1.0 - x * (0.5 - x * (1.0 / 3 - x * 0.25))), tl.log(1.0 + x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) without overflow."""
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def normal_pdf(x):
+    return 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def gelu_tanh(x):
+    return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def gelu_tanh_grad(x):
+    t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+    return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+
+
+# ------------------------------------------------------------------------------------------------ derivative table
+
+
+@dataclass(frozen=True)
+class Formula:
+    """value: an expression. partials[n]: gradient of value argument n, {g} the gradient of the value, {y} the value.
+
+    A partial is None where no gradient flows. mask: the value is a truth value.
+    """
+
+    value: str
+    partials: tuple[str | None, ...] = ()
+    mask: bool = False
+
+
+Rule = Callable[..., Formula]
+
+
+def _literal(x: Any) -> str:
+    """A number as source; what is beyond fp32 becomes infinite."""
+    x = float(x)
+    if math.isnan(x) or abs(x) > torch.finfo(torch.float32).max:
+        return f'float("{x if math.isnan(x) else math.copysign(math.inf, x)}")'
+    return repr(x) if x >= 0 else f"({x!r})"
+
+
+def _unary(value: str, partial: str | None, mask: bool = False) -> Rule:
+    def rule(x: str) -> Formula:
+        return Formula(value.replace("{x}", x), (partial and partial.replace("{x}", x),), mask)
+
+    return rule
+
+
+def _binary(value: str, partial_a: str | None, partial_b: str | None, mask: bool = False) -> Rule:
+    def put(text: str, a: str, b: str) -> str:
+        return text.replace("{a}", a).replace("{b}", b)
+
+    def rule(a: str, b: str) -> Formula:
+        return Formula(put(value, a, b), tuple(p and put(p, a, b) for p in (partial_a, partial_b)), mask)
+
+    return rule
+
+
+def _add(a: str, b: str, alpha: str = "1.0") -> Formula:
+    if alpha == "1.0":
+        return Formula(f"{a} + {b}", ("{g}", "{g}"))
+    return Formula(f"{a} + {alpha} * {b}", ("{g}", f"{alpha} * {{g}}"))
+
+
+def _sub(a: str, b: str, alpha: str = "1.0") -> Formula:
+    if alpha == "1.0":
+        return Formula(f"{a} - {b}", ("{g}", "-{g}"))
+    return Formula(f"{a} - {alpha} * {b}", ("{g}", f"-{alpha} * {{g}}"))
+
+
+def _rsub(a: str, b: str, alpha: str = "1.0") -> Formula:
+    turned = _sub(b, a, alpha)
+    return Formula(turned.value, (turned.partials[1], turned.partials[0]))
+
+
+def _gelu(x: str, approximate: str = "none") -> Formula:
+    if approximate == "tanh":
+        return Formula(f"gelu_tanh({x})", (f"{{g}} * gelu_tanh_grad({x})",))
+    return Formula(f"{x} * normal_cdf({x})", (f"{{g}} * (normal_cdf({x}) + {x} * normal_pdf({x}))",))
+
+
+def _clamp(x: str, low: str | None = None, high: str | None = None) -> Formula:
+    """NaN stays NaN, as in torch; the gradient flows where low <= x <= high."""
+    value, inside = x, []
+    if low is not None:
+        value, inside = f"tl.where({value} < {low}, {low}, {value})", [f"({x} >= {low})"]
+    if high is not None:
+        # the upper bound wins when low > high
+        value = f"tl.where({x} > {high}, {high}, {value})" if low is None else f"tl.where({value} > {high}, {high}, {value})"
+        inside.append(f"({x} <= {high})")
+    return Formula(value, (f"tl.where({' & '.join(inside)}, {{g}}, 0.0)" if inside else "{g}",))
+
+
+def _hardtanh(x: str, low: str = "(-1.0)", high: str = "1.0") -> Formula:
+    """Like clamp, but without gradient at the bounds themselves."""
+    return Formula(_clamp(x, low, high).value, (f"tl.where(({x} > {low}) & ({x} < {high}), {{g}}, 0.0)",))
+
+
+def _leaky_relu(x: str, slope: str = "0.01") -> Formula:
+    return Formula(f"tl.where({x} > 0, {x}, {x} * {slope})", (f"tl.where({x} > 0, {{g}}, {{g}} * {slope})",))
+
+
+def _elu(x: str, alpha: str = "1.0", scale: str = "1.0", input_scale: str = "1.0") -> Formula:
+    value = f"{scale} * tl.where({x} > 0, {x}, {alpha} * (tl.exp({x} * {input_scale}) - 1.0))"
+    slope = f"tl.where({x} > 0, 1.0, {alpha} * {input_scale} * tl.exp({x} * {input_scale}))"
+    return Formula(value, (f"{{g}} * {scale} * {slope}",))
+
+
+def _softplus(x: str, beta: str = "1.0", threshold: str = "20.0") -> Formula:
+    value = f"tl.where({x} * {beta} > {threshold}, {x}, softplus({x} * {beta}) / {beta})"
+    return Formula(value, (f"tl.where({x} * {beta} > {threshold}, {{g}}, {{g}} * tl.sigmoid({x} * {beta}))",))
+
+
+def _pow(x: str, exponent: str) -> Formula:
+    n = float(exponent.strip("()"))
+    if n == 0:
+        return Formula(f"{x} * 0.0 + 1.0", (None,))
+    if n < 0:
+        turned = _pow(x, repr(-n)).value
+        return Formula(f"1.0 / ({turned})", (f"{{g}} * {_literal(n)} * {{y}} / {x}",))
+    if n == 0.5:
+        return Formula(f"tl.sqrt({x})", ("{g} * 0.5 / {y}",))
+    if n.is_integer() and n <= 8:
+        lower = " * ".join([x] * (int(n) - 1)) or "1.0"
+        return Formula(" * ".join([x] * int(n)), (f"{{g}} * {_literal(n)} * ({lower})",))
+    slope = f"tl.exp({_literal(n - 1)} * tl.log({x}))"
+    return Formula(f"tl.exp({_literal(n)} * tl.log({x}))", (f"{{g}} * {_literal(n)} * {slope}",))
+
+
+def _where(condition: str, a: str, b: str) -> Formula:
+    return Formula(
+        f"tl.where({condition}, {a}, {b})",
+        (None, f"tl.where({condition}, {{g}}, 0.0)", f"tl.where({condition}, 0.0, {{g}})"),
+    )
+
+
+def _masked_fill(x: str, condition: str, value: str) -> Formula:
+    return Formula(f"tl.where({condition}, {value}, {x})", (f"tl.where({condition}, 0.0, {{g}})", None))
+
+
+def _extremum(sign: str) -> Rule:
+    """maximum (">") or minimum ("<"): NaN wins; equal arguments share the gradient."""
+
+    def rule(a: str, b: str) -> Formula:
+        share = "tl.where({x} {sign} {o}, {{g}}, tl.where({x} == {o}, 0.5 * {{g}}, 0.0))"
+        return Formula(
+            f"tl.where(({a} {sign} {b}) | ({a} != {a}), {a}, {b})",
+            (share.format(x=a, o=b, sign=sign), share.format(x=b, o=a, sign=sign)),
+        )
+
+    return rule
+
+
+_IDENTITY = _unary("{x}", "{g}")
+
+# Keyed by aten name without overload. {x} or {a}, {b}: the arguments; {y}: the value; {g}: its gradient.
+RULES: dict[str, Rule] = {
+    # activations
+    "silu": _unary("{x} * tl.sigmoid({x})", "{g} * tl.sigmoid({x}) * (1.0 + {x} * (1.0 - tl.sigmoid({x})))"),
+    "gelu": _gelu,
+    "relu": _unary("tl.where({x} < 0, 0.0, {x})", "tl.where({x} <= 0, 0.0, {g})"),
+    "sigmoid": _unary("tl.sigmoid({x})", "{g} * {y} * (1.0 - {y})"),
+    "tanh": _unary("tanh({x})", "{g} * (1.0 - {y} * {y})"),
+    "hardtanh": _hardtanh,
+    "relu6": lambda x: _hardtanh(x, "0.0", "6.0"),
+    "leaky_relu": _leaky_relu,
+    "elu": _elu,
+    "softplus": _softplus,
+    "log_sigmoid": _unary("-softplus(-{x})", "{g} * tl.sigmoid(-{x})"),
+    "mish": _unary(
+        "{x} * tanh(softplus({x}))",
+        "{g} * (tanh(softplus({x})) + {x} * tl.sigmoid({x}) * (1.0 - tanh(softplus({x})) * tanh(softplus({x}))))",
+    ),
+    # arithmetic
+    "add": _add,
+    "sub": _sub,
+    "rsub": _rsub,
+    "mul": _binary("{a} * {b}", "{g} * {b}", "{g} * {a}"),
+    "div": _binary("{a} / {b}", "{g} / {b}", "-{g} * {a} / ({b} * {b})"),
+    "neg": _unary("-{x}", "-{g}"),
+    "reciprocal": _unary("1.0 / {x}", "-{g} * {y} * {y}"),
+    "abs": _unary("tl.abs({x})", "tl.where({x} > 0, {g}, tl.where({x} < 0, -{g}, 0.0))"),
+    "square": _unary("{x} * {x}", "2.0 * {g} * {x}"),
+    "pow": _pow,
+    "sqrt": _unary("tl.sqrt({x})", "{g} * 0.5 / {y}"),
+    "rsqrt": _unary("tl.rsqrt({x})", "-0.5 * {g} * {y} * {y} * {y}"),
+    "exp": _unary("tl.exp({x})", "{g} * {y}"),
+    "log": _unary("tl.log({x})", "{g} / {x}"),
+    "erf": _unary("tl.erf({x})", "{g} * 1.1283791670955126 * tl.exp(-{x} * {x})"),
+    "sin": _unary("tl.sin({x})", "{g} * tl.cos({x})"),
+    "cos": _unary("tl.cos({x})", "-{g} * tl.sin({x})"),
+    # bounds and choices
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": lambda x, high: _clamp(x, None, high),
+    "maximum": _extremum(">"),
+    "minimum": _extremum("<"),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "lt": _binary("{a} < {b}", None, None, mask=True),
+    "le": _binary("{a} <= {b}", None, None, mask=True),
+    "gt": _binary("{a} > {b}", None, None, mask=True),
+    "ge": _binary("{a} >= {b}", None, None, mask=True),
+    "eq": _binary("{a} == {b}", None, None, mask=True),
+    "ne": _binary("{a} != {b}", None, None, mask=True),
+    "logical_and": _binary("{a} & {b}", None, None, mask=True),
+    "logical_or": _binary("{a} | {b}", None, None, mask=True),
+    "logical_not": _unary("{x} == 0", None, mask=True),
+    # copies and casts
+    "_to_copy": _IDENTITY,
+    "clone": _IDENTITY,
+    "alias": _IDENTITY,
+    "detach": _unary("{x}", None),
+}
+# Arguments that are truth values; everywhere else a truth value counts as 0 or 1.
+_MASK_ARGUMENTS = {"where": {0}, "masked_fill": {1}, "logical_and": {0, 1}, "logical_or": {0, 1}}
+# Keyword arguments that say nothing about values.
+_STORAGE_KEYWORDS = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+@dataclass(frozen=True)
+class Line:
+    """name = text, from the names `uses`; partials[n] is the gradient with respect to uses[n]."""
+
+    name: str
+    text: str
+    uses: tuple[str, ...]
+    partials: tuple[str | None, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """name = elements start + step*j of an input or of a leaf. A leaf of one element (width 1) has step 0."""
+
+    name: str
+    source: str
+    start: int
+    step: int
+    leaf: bool
+
+    @property
+    def columns(self) -> str:
+        """The columns read, as an expression of `column`."""
+        scaled = "column" if self.step == 1 else f"{self.step} * column"
+        return scaled if self.start == 0 else f"{self.start} + {scaled}"
+
+
+class _Decline(Exception):
+    """Carries the reason out of the recursion of `_Program`."""
+
+
+@dataclass
+class _Program:
+    """The reads and lines that make a segment's outputs at column j."""
+
+    template: Template
+    segment: Segment
+    leaves: Sequence[Leaf]
+    reads: dict[tuple[str, int, int], Read] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    masks: set[str] = field(default_factory=set)
+    made: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+    @property
+    def width(self) -> int:
+        """The features of every output."""
+        return self.template.instrs[self.segment.outputs[0]].width
+
+    def build(self) -> dict[int, str]:
+        """The name of each output; fills reads and lines. Raises _Decline."""
+        widths = {self.template.instrs[i].width for i in self.segment.outputs}
+        if len(widths) != 1:
+            raise _Decline(f"its outputs have different widths: {sorted(widths)}")
+        outputs = {i: self.value(i, 0, 1) for i in self.segment.outputs}
+        if bad := [f"v{i}" for i, name in outputs.items() if name in self.masks]:
+            raise _Decline(f"{bad[0]} is a truth value")
+        for source in {read.source for read in self.reads.values() if not read.leaf}:
+            self._check_columns(source)
+        return outputs
+
+    def _check_columns(self, source: str) -> None:
+        """The gradient of an input is written read by read: no element may be read in two of them."""
+        seen: set[int] = set()
+        for read in self.of(source):
+            columns = set(range(read.start, read.start + read.step * self.width, read.step))
+            if columns & seen:
+                raise _Decline(f"{source} is read twice at column {min(columns & seen)} for different results")
+            seen |= columns
+
+    def of(self, source: str) -> list[Read]:
+        """The reads of an input or leaf."""
+        return [read for read in self.reads.values() if read.source == source]
+
+    def _fresh(self, name: str) -> str:
+        free = next(n for n in (name, *(f"{name}_{i}" for i in range(1, 1000))) if n not in self.names)
+        self.names.add(free)
+        return free
+
+    def _read(self, source: str, start: int, step: int, leaf: bool) -> str:
+        key = (source, start, step)
+        if key not in self.reads:
+            self.reads[key] = Read(self._fresh(source), source, start, step, leaf)
+        return self.reads[key].name
+
+    def value(self, i: int, start: int, step: int) -> str:
+        """The name of template value i at columns start + step*j."""
+        if i in self.segment.inputs:
+            return self._read(f"v{i}", start, step, leaf=False)
+        if (i, start, step) not in self.made:
+            self.made[i, start, step] = self._make(i, self.template.instrs[i], start, step)
+        return self.made[i, start, step]
+
+    def _make(self, i: int, instr: Instr, start: int, step: int) -> str:
+        if instr.kind == "columns":
+            rows, *bounds = instr.args
+            first, stop, by = slice(*bounds).indices(self.template.instrs[rows.index].width)
+            return self.value(rows.index, first + by * start, by * step)
+        if instr.kind != "op":
+            raise _Decline(f"v{i} = {instr} is not pointwise")
+        formula, uses, about = self._formula(i, instr, start, step)
+        name = self._fresh(f"v{i}")
+        self.lines.append(Line(name, formula.value, uses, formula.partials, about))
+        if formula.mask:
+            self.masks.add(name)
+        return name
+
+    def _formula(self, i: int, instr: Instr, start: int, step: int) -> tuple[Formula, tuple[str, ...], str]:
+        """The rule of an instruction applied to its operands: the formula, its value operands, and a note."""
+        namespace, op = instr.target.split(".")[:2]
+        rule = RULES.get(op) if namespace == "aten" else None
+        if rule is None:
+            raise _Decline(f"v{i} = {instr}: no rule for {instr.target}")
+        uses: list[str] = []
+        places: list[int] = []
+        operands: list[str | None] = []
+        for n, arg in enumerate(instr.args):
+            if isinstance(arg, (Ref, LeafRef)):
+                name = self._operand(i, instr, arg, start, step)
+                if name in self.masks and n not in _MASK_ARGUMENTS.get(op, ()):
+                    name = f"{name}.to(tl.float32)"
+                elif name not in self.masks and n in _MASK_ARGUMENTS.get(op, ()):
+                    name = f"({name} != 0)"
+                uses.append(name)
+                places.append(n)
+                operands.append(name)
+            else:
+                operands.append(self._constant(i, instr, arg))
+        keywords = {
+            {"min": "low", "max": "high"}.get(key, key): self._constant(i, instr, value)
+            for key, value in instr.kwargs
+            if key not in _STORAGE_KEYWORDS
+        }
+        self._check_cast(i, instr)
+        try:
+            formula = rule(*operands, **keywords)
+        except (TypeError, ValueError):
+            raise _Decline(f"v{i} = {instr}: no rule for these arguments") from None
+        partials = tuple(formula.partials[n] if n < len(formula.partials) else None for n in places)
+        return Formula(formula.value, partials, formula.mask), tuple(uses), str(instr)
+
+    def _operand(self, i: int, instr: Instr, arg: Ref | LeafRef, start: int, step: int) -> str:
+        if isinstance(arg, Ref):
+            width = self.template.instrs[arg.index].width
+            if width != instr.width:
+                raise _Decline(f"v{i} = {instr} broadcasts v{arg.index} from {width} to {instr.width} features")
+            return self.value(arg.index, start, step)
+        shape = self.leaves[arg.index].shape
+        if shape in ((), (1,)):
+            return self._read(f"leaf{arg.index}", 0, 0, leaf=True)
+        if shape != (instr.width,):
+            raise _Decline(f"v{i} = {instr} broadcasts leaf{arg.index} {shape} to {instr.width} features")
+        return self._read(f"leaf{arg.index}", start, step, leaf=True)
+
+    @staticmethod
+    def _constant(i: int, instr: Instr, value: Any) -> str | None:
+        """A constant operand as source; None stays None, text (gelu's approximate) stays text."""
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, (bool, int, float)):
+            return _literal(value)
+        raise _Decline(f"v{i} = {instr}: {value!r} is not a number")
+
+    @staticmethod
+    def _check_cast(i: int, instr: Instr) -> None:
+        dtype = dict(instr.kwargs).get("dtype")
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise _Decline(f"v{i} = {instr} casts to {dtype}")
+
+    def gradients(self, outputs: dict[int, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+        """Reverse mode: the gradient name of every read that has one, and the lines (name, text) that make them.
+
+        The gradient of output v{i} is g{i}; that of any other value `name` is g_`name`.
+        """
+        parts: dict[str, list[str]] = {}
+        for i, name in outputs.items():
+            parts.setdefault(name, []).append(f"g{i}")
+        lines: list[tuple[str, str]] = []
+
+        def total(name: str) -> str | None:
+            terms = parts.get(name)
+            if not terms:
+                return None
+            if len(terms) == 1 and terms[0].isidentifier():
+                return terms[0]
+            lines.append((f"g_{name}", " + ".join(t if t.isidentifier() or len(terms) == 1 else f"({t})" for t in terms)))
+            return f"g_{name}"
+
+        for line in reversed(self.lines):
+            if line.name in self.masks or (g := total(line.name)) is None:
+                continue
+            for used, partial in zip(line.uses, line.partials):
+                if partial is not None and used.isidentifier():  # otherwise a mask as a number: no gradient
+                    parts.setdefault(used, []).append(partial.replace("{g}", g).replace("{y}", line.name))
+        reads = {read.name: g for read in self.reads.values() if (g := total(read.name)) is not None}
+        return reads, lines
+
+
+# ------------------------------------------------------------------------------------------------ source
+
+_HEAD = '''"""{name} of an expert template as Triton kernels; generated by moefx.codegen.triton_pointwise.
+
+{about}
+"""
+
+import triton
+import triton.language as tl
+
+from moefx.codegen.triton_grouped import left_rows, swizzle
+from moefx.codegen.triton_launch import expert_tile
+from moefx.codegen.triton_pointwise import gelu_tanh, gelu_tanh_grad, normal_cdf, normal_pdf, softplus, tanh
+'''
+
+_POINTWISE = '''
+@triton.jit
+def {kernel}({params}, offsets, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each."""
+{rows}
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    in_width = column < {width}
+    mask = held[:, None] & in_width[None, :]
+    at = row.to(tl.int64)[:, None]
+{body}'''
+
+_ROWS = """\
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    held = row < tl.load(offsets + experts)"""
+
+_ROWS_OF_EXPERT = """\
+    expert, row0, end = expert_tile(offsets, tl.program_id(0), experts, BLOCK_E, BM)
+    row = row0 + tl.arange(0, BM)
+    held = row < end"""
+
+_LINEAR = '''
+@triton.jit(do_not_specialize=["tiles_m"])
+def linear(
+    rows, order, {params}, offsets, n_in, stride_r, experts, tiles_m, tiles_n, top_k,
+    SAVE: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):
+    """{doc} Grid (tiles_m * tiles_n,): a tile of one expert's rows x columns each.
+
+    With SAVE the products are stored as well; with GATHER the rows are tokens order[r] // top_k.
+    """
+    tile, tile_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    expert, row0, end = expert_tile(offsets, tile, experts, BLOCK_E, BM)
+    if row0 < end:
+        row = row0 + tl.arange(0, BM)
+        column = tile_n * BN + tl.arange(0, BN)
+        in_width = column < {width}
+        inner = tl.arange(0, BK)
+        a = left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER) + inner[None, :]
+{pointers}
+        for i0 in range(0, n_in, BK):
+            left = tl.load(a) if EVEN else tl.load(a, mask=inner[None, :] < n_in - i0, other=0.0)
+            right = in_width[None, :] if EVEN else (inner[:, None] < n_in - i0) & in_width[None, :]
+{products}
+            a += BK
+        mask = (row < end)[:, None] & in_width[None, :]
+        at = row.to(tl.int64)[:, None]
+        if SAVE:
+{saves}
+{body}'''
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The text of a segment's module and what its kernels take, in order."""
+
+    text: str
+    width: int
+    inputs: tuple[str, ...]
+    leaves: tuple[str, ...]
+    outputs: tuple[str, ...]
+    grads: tuple[str, ...]  # inputs and leaves that get a gradient
+    covered: tuple[str, ...]  # inputs whose every element is read
+    products: int  # accumulators of the kernel `linear`; 0: there is none
+    why_not_linear: str
+
+
+def _load_read(read: Read) -> str:
+    if not read.leaf:
+        pointer = f"{read.source}_ptr + at * {read.source}_stride + ({read.columns})[None, :]"
+        return f"{read.name} = tl.load({pointer}, mask=mask, other=0.0).to(tl.float32)"
+    pointer = f"{read.source}_ptr + expert.to(tl.int64) * {read.source}_stride_e"
+    if read.step == 0:
+        return f"{read.name} = tl.load({pointer}).to(tl.float32)"
+    pointer += f" + ({read.columns}) * {read.source}_stride_n"
+    return f"{read.name} = tl.load({pointer}, mask=in_width, other=0.0).to(tl.float32)[None, :]"
+
+
+def _line(line: Line) -> str:
+    return f"{line.name} = {line.text}  # {line.note}"
+
+
+def _store(target: str, width: int, columns: str, value: str) -> str:
+    return f"tl.store({target} + at * {width} + ({columns})[None, :], ({value}).to({target}.dtype.element_ty), mask=mask)"
+
+
+def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
+    """The module of a built program: kernels `forward`, `vjp` and, where it can be, `linear`."""
+    template, segment, width = program.template, program.segment, program.width
+    reads = list(program.reads.values())
+    leaves = tuple(f"leaf{i}" for i in segment.leaves)
+    inputs = tuple(f"v{i}" for i in segment.inputs)
+    widths = {f"v{i}": template.instrs[i].width for i in segment.inputs}
+    # The gradient of a scalar leaf is summed over rows and columns outside: its row gradient is as wide as the output.
+    widths |= {f"leaf{i}": (*program.leaves[i].shape, width)[0] for i in segment.leaves}
+    widths |= {f"leaf{i}": width for i in segment.leaves if program.leaves[i].shape in ((), (1,))}
+
+    gradients, gradient_lines = program.gradients(outputs)
+    grads = tuple(s for s in (*inputs, *leaves) if any(read.name in gradients for read in program.of(s)))
+    covered = tuple(s for s in widths if len(program.of(s)) * width == widths[s])
+
+    params = [f"{s}_ptr, {s}_stride" for s in inputs] + [f"{s}_ptr, {s}_stride_e, {s}_stride_n" for s in leaves]
+    out_params = [f"v{i}_out" for i in outputs]
+    grad_params = [f"g{i}_ptr, g{i}_stride" for i in outputs] + [f"g_{s}_out" for s in grads]
+    loads = [_load_read(read) for read in reads]
+    values = [_line(line) for line in program.lines]
+    stores = [_store(f"v{i}_out", width, "column", value) for i, value in outputs.items()]
+    g_loads = [
+        f"g{i} = tl.load(g{i}_ptr + at * g{i}_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)" for i in outputs
+    ]
+    g_stores = [
+        _store(f"g_{read.source}_out", widths[read.source], read.columns if read.step else "column", gradients[read.name])
+        for read in reads
+        if read.name in gradients
+    ]
+    about = [f"{read.name} = {read.source} at columns {read.columns}" for read in reads]
+    about += [f"v{i} = {template.instrs[i]}" for i in segment.body]
+    made = ", ".join(f"v{i} [R, {width}]" for i in outputs)
+    rows = _ROWS_OF_EXPERT if leaves else _ROWS
+    text = _HEAD.format(name=name, about="\n".join(about))
+    text += "\n" + _POINTWISE.format(
+        kernel="forward", params=", ".join(params + out_params), width=width, rows=rows,
+        doc=f"{made} from {', '.join(inputs + leaves)}.", body=indent("\n".join(loads + values + stores), " " * 4),
+    )  # fmt: skip
+    text += "\n\n" + _POINTWISE.format(
+        kernel="vjp", params=", ".join(params + out_params + grad_params), width=width, rows=rows,
+        doc=f"{made} and the gradients of {', '.join(grads) or 'nothing'}.",
+        body=indent("\n".join(loads + values + stores + g_loads + [f"{n} = {t}" for n, t in gradient_lines] + g_stores), " " * 4),
+    )  # fmt: skip
+
+    why_not = _why_not_linear(program, covered)
+    if not why_not:
+        products = [read for read in reads if not read.leaf]
+        text += "\n\n" + _linear(program, outputs, products, made, params[len(inputs) :] + out_params, widths)
+    products_count = 0 if why_not else sum(not read.leaf for read in reads)
+    return _Sources(
+        text + "\n", width, inputs, leaves, tuple(f"v{i}" for i in outputs), grads, covered, products_count, why_not
+    )
+
+
+def _why_not_linear(program: _Program, covered: Sequence[str]) -> str:
+    """Why the segment cannot run in the epilogue of the linears that feed it; empty when it can."""
+    feeds = [program.template.instrs[i] for i in program.segment.inputs]
+    if not feeds or any(feed.kind != "linear" for feed in feeds):
+        return "not every input is the result of a linear"
+    if len({feed.args[0] for feed in feeds}) != 1:
+        return "its linears read different rows"
+    if missing := [f"v{i}" for i in program.segment.inputs if f"v{i}" not in covered]:
+        return f"it does not read all of {missing[0]}"
+    products = sum(not read.leaf for read in program.reads.values())
+    return f"it needs {products} accumulators, more than {MAX_PRODUCTS}" if products > MAX_PRODUCTS else ""
+
+
+def _linear(
+    program: _Program, outputs: dict[int, str], products: list[Read], made: str, params: list[str], widths: dict[str, int]
+) -> str:
+    """The text of the kernel `linear`: one accumulator for each read of an input, then the segment on them."""
+    sources = list(dict.fromkeys(read.source for read in products))
+    weights = [f"{s}_weight, {s}_stride_e, {s}_stride_i, {s}_stride_o, {s}_out" for s in sources]
+    pointers, sums = [], []
+    for p in products:
+        at = f"expert.to(tl.int64) * {p.source}_stride_e + inner[:, None] * {p.source}_stride_i"
+        column = f"({p.columns}).to(tl.int64)[None, :] * {p.source}_stride_o"
+        pointers.append(f"b_{p.name} = {p.source}_weight + {at} + {column}")
+        pointers.append(f"{p.name} = tl.zeros((BM, BN), dtype=tl.float32)")
+        sums.append(f"{p.name} = tl.dot(left, tl.load(b_{p.name}, mask=right, other=0.0), {p.name}, input_precision=PRECISION)")
+        sums.append(f"b_{p.name} += BK * {p.source}_stride_i")
+    saves = [_store(f"{p.source}_out", widths[p.source], p.columns, p.name) for p in products]
+    body = [_load_read(read) for read in program.reads.values() if read.leaf]
+    body += [_line(line) for line in program.lines]
+    body += [_store(f"v{i}_out", program.width, "column", value) for i, value in outputs.items()]
+    return _LINEAR.format(
+        params=", ".join(weights + params),
+        doc=f"{made} from rows [R, n_in].",
+        width=program.width,
+        pointers=indent("\n".join(pointers), " " * 8),
+        products=indent("\n".join(sums), " " * 12),
+        saves=indent("\n".join(saves), " " * 12),
+        body=indent("\n".join(body), " " * 8),
+    )
+
+
+@lru_cache(maxsize=None)
+def _module(text: str) -> dict[str, Any]:
+    """The kernels of a generated module. Triton reads their source through linecache, under a name of the module's own."""
+    filename = f"<moefx triton {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+    namespace: dict[str, Any] = {"__name__": "moefx.codegen.generated"}
+    exec(compile(text, filename, "exec"), namespace)
+    return namespace
+
+
+# ------------------------------------------------------------------------------------------------ callables
+
+
+class Pointwise:
+    """A compiled segment: `forward`, `vjp` and, unless `why_not_linear` tells why not, `linear`. Holds no tensors.
+
+    inputs: the segment's input values [R, width] in the order of `segment.inputs`. leaves: its vector leaves [E, n] in the
+    order of `segment.leaves`; [1, n] when all experts share it. offsets [E+1]: the rows of each expert.
+    """
+
+    def __init__(self, template: Template, segment: Segment, leaves: Sequence[Leaf], sources: _Sources) -> None:
+        self.template, self.segment, self._sources = template, segment, sources
+        self._leaf_widths = [(*leaves[i].shape, 1)[0] for i in segment.leaves]
+        self._dtypes: dict[tuple[torch.dtype, ...], list[torch.dtype]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pointwise:
+        return self
+
+    @property
+    def source(self) -> str:
+        """The generated module."""
+        return self._sources.text
+
+    @property
+    def why_not_linear(self) -> str:
+        """Why there is no `linear`; empty when there is."""
+        return self._sources.why_not_linear
+
+    @cached_property
+    def _kernels(self) -> dict[str, Any]:
+        return _module(self._sources.text)
+
+    def forward(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], offsets: Tensor) -> tuple[Tensor, ...]:
+        """The segment's outputs [R, width]."""
+        inputs = self._checked(inputs, leaves)
+        outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], inputs[0].shape[0])
+        self._launch("forward", inputs, leaves, offsets, outputs)
+        return tuple(outputs)
+
+    def vjp(
+        self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], offsets: Tensor, grads: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(the outputs again, the gradient of each input, the gradient [E, n] of each leaf) for the outputs' gradients."""
+        inputs = self._checked(inputs, leaves)
+        check_dtypes(f"{self.segment.name}.vjp", **{f"grad{n}": g for n, g in enumerate(grads)})
+        rows = inputs[0].shape[0]
+        outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], rows)
+        made: dict[str, Tensor] = {}
+        for s, t in zip(self._sources.inputs, inputs):
+            empty = s in self._sources.covered and s in self._sources.grads
+            made[s] = t.new_empty(t.shape) if empty else t.new_zeros(t.shape)
+        for s, t, n in zip(self._sources.leaves, leaves, self._leaf_widths):
+            # fp32, since a sum over all rows follows
+            shape = (rows, self._sources.width if n == 1 else n)
+            empty = (n == 1 or s in self._sources.covered) and s in self._sources.grads
+            made[s] = t.new_empty(shape, dtype=torch.float32) if empty else t.new_zeros(shape, dtype=torch.float32)
+        given: list[Any] = []
+        for g in grads:
+            g = unit_columns(g)
+            given += [g, g.stride(0)]
+        self._launch("vjp", inputs, leaves, offsets, [*outputs, *given, *(made[s] for s in self._sources.grads)])
+        leaf_grads = [
+            self._leaf_gradient(made[s], leaf, n, offsets)
+            for s, leaf, n in zip(self._sources.leaves, leaves, self._leaf_widths)
+        ]
+        return tuple(outputs), tuple(made[s] for s in self._sources.inputs), tuple(leaf_grads)
+
+    def linear(
+        self,
+        rows: Tensor,
+        weights: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        offsets: Tensor,
+        order: Tensor | None = None,
+        top_k: int = 1,
+        save: bool = True,
+    ) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...]]:
+        """(the linears' results if `save`, the outputs) of the segment in the epilogue of the linears that feed it.
+
+        rows [R, I]; or, with order [T*K], the tokens [T, I] whose rows are gathered on the way. weights: one [E, I, O]
+        (any strides) for each of the segment's inputs.
+        """
+        name, sources = self.segment.name, self._sources
+        if sources.why_not_linear:
+            raise InputError(f"{name} has no fused linear: {sources.why_not_linear}")
+        check_dtypes(f"{name}.linear", same=True, rows=rows, **{f"weight{n}": w for n, w in enumerate(weights)})
+        widths = [self.template.instrs[i].width for i in self.segment.inputs]
+        experts, inner = offsets.numel() - 1, rows.shape[1]
+        if [tuple(w.shape) for w in weights] != [(experts, inner, n) for n in widths]:
+            raise InputError(
+                f"{name}.linear: weights {[tuple(w.shape) for w in weights]} do not fit E={experts}, I={inner}, O={widths}"
+            )
+        rows = unit_columns(rows)
+        total = rows.shape[0] if order is None else order.numel()
+        # Not saved products are not written: any tensor of the right dtype stands for them.
+        products = [rows.new_empty(total, n) if save else rows for n in widths]
+        outputs = self._new_outputs([rows.dtype] * len(widths), leaves, rows, total)
+        if total:
+            tile = triton_grouped.tile_for(rows, total, experts, sources.width, sources.products)
+            tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(sources.width, tile.columns)
+            args: list[Any] = []
+            for weight, product in zip(weights, products):
+                args += [weight, *weight.stride(), product]
+            with on_device(rows):
+                self._kernels["linear"][(tiles_m * tiles_n,)](
+                    rows, offsets if order is None else order, *args, *self._leaf_args(leaves), *outputs, offsets, inner,
+                    rows.stride(0), experts, tiles_m, tiles_n, top_k, SAVE=save, GATHER=order is not None,
+                    EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=triton_grouped.GROUP,
+                    BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
+                    num_warps=tile.warps, num_stages=tile.stages,
+                )  # fmt: skip
+        return tuple(products) if save else None, tuple(outputs)
+
+    def _checked(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+        name = self.segment.name
+        check_dtypes(name, **dict(zip(self._sources.inputs, inputs)), **dict(zip(self._sources.leaves, leaves)))
+        widths = [self.template.instrs[i].width for i in self.segment.inputs]
+        if [t.shape[1] for t in inputs] != widths or len(leaves) != len(self._leaf_widths):
+            raise InputError(
+                f"{name} takes inputs of widths {widths} and {len(self._leaf_widths)} leaves; "
+                f"got {[tuple(t.shape) for t in inputs]} and {len(leaves)} leaves"
+            )
+        return [unit_columns(t) for t in inputs]
+
+    def _leaf_args(self, leaves: Sequence[Tensor]) -> list[Any]:
+        """Each leaf with its strides: a leaf that all experts share has expert stride 0."""
+        args: list[Any] = []
+        for leaf, n in zip(leaves, self._leaf_widths):
+            leaf = leaf.reshape(leaf.shape[0], n)
+            args += [leaf, 0 if leaf.shape[0] == 1 else leaf.stride(0), leaf.stride(1)]
+        return args
+
+    def _launch(
+        self, kernel: str, inputs: Sequence[Tensor], leaves: Sequence[Tensor], offsets: Tensor, more: Sequence[Any]
+    ) -> None:
+        rows, width, experts = inputs[0].shape[0], self._sources.width, offsets.numel() - 1
+        if not rows:
+            return
+        bn = power_of_2(width, least=16, most=512)
+        bm = ELEMENTS // bn
+        tiles = row_tiles(rows, experts, bm) if leaves else triton.cdiv(rows, bm)
+        args: list[Any] = []
+        for t in inputs:
+            args += [t, t.stride(0)]
+        with on_device(inputs[0]):
+            self._kernels[kernel][(tiles, triton.cdiv(width, bn))](
+                *args, *self._leaf_args(leaves), *more, offsets, experts, BLOCK_E=power_of_2(experts), BM=bm, BN=bn
+            )
+
+    def _leaf_gradient(self, row_grad: Tensor, leaf: Tensor, width: int, offsets: Tensor) -> Tensor:
+        """The gradient of a leaf, shaped and typed like it, from that of its rows."""
+        if leaf.shape[0] == 1 and offsets.numel() > 2:
+            offsets = torch.stack((offsets[0], offsets[-1]))
+        summed = expert_sum(row_grad, offsets)
+        if width == 1:
+            summed = summed.sum(1)
+        return summed.reshape(leaf.shape).to(leaf.dtype)
+
+    def _new_outputs(self, dtypes: list[torch.dtype], leaves: Sequence[Tensor], like: Tensor, rows: int) -> list[Tensor]:
+        key = (*dtypes, *(leaf.dtype for leaf in leaves))
+        if key not in self._dtypes:
+            self._dtypes[key] = self._output_dtypes(key)
+        return [like.new_empty(rows, self._sources.width, dtype=dtype) for dtype in self._dtypes[key]]
+
+    def _output_dtypes(self, dtypes: tuple[torch.dtype, ...]) -> list[torch.dtype]:
+        """What torch gives for inputs and leaves of these dtypes: the segment run on one meta row."""
+        values: dict[int, Any] = {}
+        leaf_rows: dict[int, Tensor] = {}
+        for i, dtype in zip(self.segment.inputs, dtypes):
+            values[i] = torch.empty(1, self.template.instrs[i].width, dtype=dtype, device="meta")
+        for i, n, dtype in zip(self.segment.leaves, self._leaf_widths, dtypes[len(values) :]):
+            leaf_rows[i] = torch.empty(1, n, dtype=dtype, device="meta")
+
+        def argument(value: Any) -> Any:
+            if isinstance(value, Ref):
+                return values[value.index]
+            if isinstance(value, LeafRef):
+                return leaf_rows[value.index]
+            return dtypes[0] if value == "model" else value
+
+        for i in self.segment.body:
+            instr = self.template.instrs[i]
+            if instr.kind == "columns":
+                rows, start, stop, step = instr.args
+                values[i] = values[rows.index][:, start:stop:step]
+            else:
+                _, op, overload = instr.target.split(".")
+                kwargs = {key: argument(value) for key, value in instr.kwargs if key != "device"}
+                values[i] = getattr(getattr(torch.ops.aten, op), overload)(*map(argument, instr.args), **kwargs)
+        return [values[i].dtype for i in self.segment.outputs]
+
+
+def compile_pointwise(template: Template, segment: Segment, leaves: Sequence[Leaf]) -> Pointwise | Unsupported:
+    """The segment as Triton kernels, or why it has none. `leaves` are the region's."""
+    program = _Program(template, segment, leaves)
+    if not segment.inputs:
+        return Unsupported(f"{segment.name} reads no rows")
+    if any(isinstance(value, LeafRef) for i in segment.body for value in leaf_refs([v for _, v in template.instrs[i].kwargs])):
+        return Unsupported(f"{segment.name} passes a leaf by keyword")
+    try:
+        outputs = program.build()
+    except _Decline as decline:
+        return Unsupported(f"{segment.name}: {decline}")
+    return Pointwise(template, segment, leaves, _write(program, outputs, segment.name))

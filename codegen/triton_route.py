@@ -1,0 +1,102 @@
+"""Routing metadata on the device, without host synchronisation and without atomics: a stable counting sort in two launches.
+
+The T*K slots are cut into blocks of BLOCK slots, and the blocks into at most GROUPS groups. `count_kernel` counts the
+experts of each group, `place_kernel` puts each slot at
+
+    row = (slots of smaller experts) + (slots of this expert in earlier groups, in earlier blocks of the group, in the block).
+
+Ids outside [0, E) count as expert E and so come last.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moefx.codegen.triton_launch import on_device, power_of_2
+
+BLOCK = 256
+GROUPS = 64
+
+
+@triton.jit
+def _experts_of(ids, slot, slots, experts):
+    """The expert of each slot as int32; `experts` for an id outside [0, experts) and for a slot past the end."""
+    id = tl.load(ids + slot, mask=slot < slots, other=-1)
+    return tl.where((id >= 0) & (id < experts), id, experts).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["slots", "group_blocks"])
+def count_kernel(ids, before, counts, slots, group_blocks, experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """ids [slots] -> before [blocks, BINS], counts [groups, BINS]. Grid (groups,): program g walks over its group's blocks.
+
+    before[b, e] = slots of expert e in the blocks of b's group before block b; counts[g, e] = slots of expert e in group g.
+    """
+    group = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    seen = tl.zeros((BINS,), dtype=tl.int32)
+    for i in range(group_blocks):
+        block = group * group_blocks + i
+        tl.store(before + block * BINS + bins, seen)
+        expert = _experts_of(ids, block * BLOCK + tl.arange(0, BLOCK), slots, experts)
+        seen += tl.histogram(expert, BINS)
+    tl.store(counts + group * BINS + bins, seen)
+
+
+@triton.jit(do_not_specialize=["slots", "group_blocks", "groups"])
+def place_kernel(
+    ids, before, counts, order, offsets, position, slots, group_blocks, groups, experts,
+    BLOCK: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, GROUP_STEP: tl.constexpr,
+):  # fmt: skip
+    """Writes order [slots], position [slots], offsets [experts + 1]. Grid (blocks,): program b places the slots of block b."""
+    block = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+
+    total = tl.zeros((BINS,), dtype=tl.int32)  # slots of each expert
+    earlier = tl.load(before + block * BINS + bins)  # ... in the blocks before this one
+    for g0 in range(0, groups, GROUP_STEP):
+        g = g0 + tl.arange(0, GROUP_STEP)[:, None]
+        count = tl.load(counts + g * BINS + bins[None, :], mask=g < groups, other=0)
+        total += tl.sum(count, axis=0)
+        earlier += tl.sum(tl.where(g < block // group_blocks, count, 0), axis=0)
+    first = tl.cumsum(total, axis=0) - total  # first row of each expert
+    if block == 0:
+        tl.store(offsets + bins, first, mask=bins <= experts)
+
+    lane = tl.arange(0, BLOCK)
+    slot = block * BLOCK + lane
+    expert = _experts_of(ids, slot, slots, experts)
+    rank = tl.zeros((BLOCK,), dtype=tl.int32)  # slots of the same expert before this one in the block
+    for l0 in range(0, BLOCK, STEP):
+        other_lane = l0 + tl.arange(0, STEP)
+        other = _experts_of(ids, block * BLOCK + other_lane, slots, experts)
+        same = (expert[:, None] == other[None, :]) & (other_lane[None, :] < lane[:, None])
+        rank += tl.sum(same.to(tl.int32), axis=1)
+
+    row = tl.gather(first + earlier, expert, 0) + rank
+    tl.store(order + row, slot.to(tl.int64), mask=slot < slots)
+    tl.store(position + slot, tl.where(expert < experts, row, -1).to(tl.int64), mask=slot < slots)
+
+
+def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [T, K] -> order [T*K] int64, offsets [E+1] int32, position [T, K] int64; see `moefx.ops.route`."""
+    ids = ids.contiguous()
+    slots = ids.numel()
+    blocks = max(1, triton.cdiv(slots, BLOCK))
+    group_blocks = triton.cdiv(blocks, GROUPS)
+    groups = triton.cdiv(blocks, group_blocks)
+    bins = power_of_2(experts + 1, least=128)
+
+    before = ids.new_empty((groups * group_blocks, bins), dtype=torch.int32)
+    counts = ids.new_empty((groups, bins), dtype=torch.int32)
+    order = ids.new_empty(slots, dtype=torch.int64)
+    offsets = ids.new_empty(experts + 1, dtype=torch.int32)
+    position = torch.empty_like(ids, dtype=torch.int64)
+    with on_device(ids):
+        count_kernel[(groups,)](ids, before, counts, slots, group_blocks, experts, BLOCK=BLOCK, BINS=bins)
+        place_kernel[(blocks,)](
+            ids, before, counts, order, offsets, position, slots, group_blocks, groups, experts,
+            BLOCK=BLOCK, BINS=bins, STEP=32, GROUP_STEP=power_of_2(8192 // bins, least=8, most=GROUPS),
+        )  # fmt: skip
+    return order, offsets, position

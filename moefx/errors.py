@@ -1,0 +1,21 @@
+"""Every error that moefx raises on purpose. Each message says what, where, and what to try."""
+
+
+class MoefxError(Exception):
+    """Base of all errors raised by moefx."""
+
+
+class InputError(MoefxError, ValueError):
+    """The caller's arguments do not fit: names the argument and what was expected."""
+
+
+class Decline(MoefxError):
+    """A candidate block stays as it is. `reason` is for people; `nearest` tells how far the proof got."""
+
+    def __init__(self, reason: str, nearest: str = "", location: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.nearest, self.location = reason, nearest, location
+
+
+class PlanError(MoefxError):
+    """A stage received or made an invalid task graph, schedule or plan: names the task and the lane."""

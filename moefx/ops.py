@@ -1,0 +1,247 @@
+"""The meaning of every moefx op in plain torch. Triton kernels have the same names and signatures and must agree.
+
+Routed rows: slot (t, k) is number t*K + k. `route` sorts the slots by expert; row r of expert e lies in
+offsets[e] <= r < offsets[e+1]. Slots whose id is outside [0, E) have no row. R is the number of rows held in memory:
+on the CPU exactly offsets[-1]; on CUDA always T*K, so that no size depends on data and the host never waits. There,
+rows from offsets[-1] on hold arbitrary values and no op lets them reach a result.
+
+All results are the same bit for bit from run to run: nothing is scattered onto a colliding index.
+Sums are taken in fp32 at least. A token's NaN stays with the token: padding is masked, never multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Up to this many slots per token, combine walks the slots; beyond (dense gates have K = E slots, most of them empty)
+# it walks the rows.
+MANY_SLOTS = 16
+
+
+def _rows_held(offsets: Tensor, slots: int) -> int:
+    """R: how many rows are held for `slots` slots (see the head of this file)."""
+    return slots if offsets.is_cuda else int(offsets[-1])
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _bounds(offsets: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of the experts that have rows. Reads the offsets on the host."""
+    edges = offsets.tolist()
+    return [(e, a, b) for e, (a, b) in enumerate(zip(edges, edges[1:])) if a < b]
+
+
+# ------------------------------------------------------------------------------------------------ routing
+
+
+def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts the slots of `ids` [T, K] (any integer dtype) by expert, stably.
+
+    Returns order [T*K] int64 (slot number of each row; slots without a row come last), offsets [E+1] int32, and
+    position [T, K] int64 (row of each slot, -1 when its id is outside [0, E)).
+    """
+    flat = ids.reshape(-1).long()
+    outside = (flat < 0) | (flat >= experts)
+    by_expert, order = torch.sort(flat.masked_fill(outside, experts), stable=True)
+    edges = torch.arange(experts + 1, device=ids.device)
+    offsets = torch.searchsorted(by_expert, edges, out_int32=True)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel(), device=ids.device)
+    return order, offsets, position.masked_fill_(outside, -1).view(ids.shape)
+
+
+# ------------------------------------------------------------------------------------------------ rows in
+
+
+def gather_rows(x: Tensor, order: Tensor, top_k: int, offsets: Tensor, w: Tensor | None = None) -> Tensor:
+    """rows [R, D] of x [T, D] in expert order; with `w` [T, K] each row times its routing weight (x's dtype)."""
+    slots = order[: _rows_held(offsets, order.numel())]
+    rows = x.index_select(0, slots // top_k)
+    if w is None:
+        return rows
+    return (rows * w.reshape(-1).index_select(0, slots).unsqueeze(1)).to(x.dtype)
+
+
+def rows_backward(
+    g_rows: Tensor, x: Tensor, position: Tensor, order: Tensor, offsets: Tensor, w: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of `gather_rows`: (gx [T, D] in x's dtype, gw [T, K] in w's dtype or None) for g_rows [R, D]."""
+    gx = combine(g_rows, position, w, x.dtype)
+    if w is None:
+        return gx, None
+    return gx, _slot_products(x, g_rows, order, position, offsets).to(w.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ experts
+
+
+def _grouped_mm_takes(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped_mm takes these: leading strides and addresses in multiples of 16 bytes, one unit stride.
+
+    Measured on the CPU (fp32, 1 thread): the loop and grouped_mm tie within 2 % from R/E = 32 rows per expert and
+    512 x 1024 weights on; on small experts (64 x 128) grouped_mm takes 0.55 of the loop's time. So it is used
+    wherever it is allowed. It has no fp64; fp16 and bf16 go there too.
+    """
+
+    def aligned(t: Tensor) -> bool:
+        item = t.element_size()
+        *_, s, u = t.stride()
+        lead, unit = (s, u) if u == 1 else (u, s)
+        whole = all(n * item % 16 == 0 for n in (lead, *t.stride()[:-2]))
+        return unit == 1 and lead >= max(1, t.shape[-1] if u == 1 else t.shape[-2]) and whole and t.data_ptr() % 16 == 0
+
+    known = rows.dtype in (torch.float32, torch.bfloat16, torch.float16) and rows.dtype == weight.dtype
+    return known and rows.shape[0] > 0 and aligned(rows) and aligned(weight)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """[R, O]: each row of rows [R, I] @ the matrix of its expert, weight [E, I, O] with any strides."""
+    if _grouped_mm_takes(rows, weight):
+        return torch.nn.functional.grouped_mm(rows, weight, offs=offsets[1:])
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    for e, a, b in _bounds(offsets):
+        torch.mm(rows[a:b], weight[e], out=out[a:b])
+    return out
+
+
+def grouped_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[e] = rows_e^T @ grad_e for rows [R, I], grad [R, O], out [E, I, O] (any strides, any float dtype).
+
+    Every expert is written: zeros where it has no rows.
+    """
+    hit = _bounds(offsets)
+    if len(hit) < out.shape[0]:
+        out.zero_()
+    for e, a, b in hit:
+        if out.dtype == rows.dtype:
+            torch.mm(rows[a:b].t(), grad[a:b], out=out[e])
+        else:
+            out[e].copy_(torch.mm(rows[a:b].t(), grad[a:b]))
+
+
+def grouped_wgrad_add(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[e] += rows_e^T @ grad_e, as `grouped_wgrad`; each expert's sum is rounded to out's dtype once."""
+    for e, a, b in _bounds(offsets):
+        if out.dtype == rows.dtype:
+            out[e].addmm_(rows[a:b].t(), grad[a:b])
+        else:
+            out[e].add_(torch.mm(rows[a:b].t(), grad[a:b]))
+
+
+def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """[R, n]: the vector of each row's expert, leaf [E, n]; `rows` is R."""
+    row = torch.arange(rows, device=leaf.device)
+    expert = torch.searchsorted(offsets[1:].contiguous(), row, right=True, out_int32=True)
+    return leaf.index_select(0, expert.clamp_(max=leaf.shape[0] - 1))
+
+
+def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
+    """[E, n]: the sum of grad's rows [R, n] over each expert's rows, in grad's dtype."""
+    wide = grad.to(_sum_dtype(grad.dtype))
+    if wide.shape[0] == 0:
+        return grad.new_zeros(offsets.numel() - 1, grad.shape[1])
+    return torch.segment_reduce(wide, "sum", offsets=offsets.contiguous(), axis=0, unsafe=True).to(grad.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ rows out
+
+
+def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """y [T, O] = sum over k of w[t, k] * h[position[t, k]] (w = 1 when None); slots at -1 contribute nothing.
+
+    h [R, O], position [T, K], w [T, K]; summed in fp32 at least (fp64 for fp64), returned as `out_dtype`.
+    """
+    tokens, slots = position.shape
+    wide = _sum_dtype(h.dtype if w is None else torch.promote_types(h.dtype, w.dtype))
+    if h.shape[0] == 0:
+        return h.new_zeros(tokens, h.shape[1], dtype=out_dtype)
+    if slots > MANY_SLOTS and not h.is_cuda:
+        return _combine_rows(h, position, w, wide).to(out_dtype)
+    all_filled = not h.is_cuda and h.shape[0] == position.numel()
+    y = torch.zeros(tokens, h.shape[1], dtype=wide, device=h.device)
+    for k in range(slots):
+        term = h.index_select(0, position[:, k] if all_filled else position[:, k].clamp(min=0)).to(wide)
+        if w is not None:
+            term *= w[:, k : k + 1]
+        if not all_filled:
+            term.masked_fill_(position[:, k : k + 1] < 0, 0)
+        y += term
+    return y.to(out_dtype)
+
+
+def _combine_rows(h: Tensor, position: Tensor, w: Tensor | None, wide: torch.dtype) -> Tensor:
+    """`combine` by rows: the filled slots in token order, summed token by token. Work grows with R, not with T*K."""
+    filled = position >= 0
+    rows = h.index_select(0, position[filled]).to(wide)
+    if w is not None:
+        rows *= w[filled].unsqueeze(1)
+    return torch.segment_reduce(rows, "sum", lengths=filled.sum(1), axis=0, unsafe=True)
+
+
+def combine_backward(
+    gy: Tensor, h: Tensor, order: Tensor, position: Tensor, offsets: Tensor, w: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of `combine`: (gh [R, O] in h's dtype, gw [T, K] in w's dtype or None) for gy [T, O]."""
+    slots = order[: h.shape[0]]
+    gh = gy.index_select(0, slots // position.shape[1])
+    if w is None:
+        return gh.to(h.dtype), None
+    gh = gh * w.reshape(-1).index_select(0, slots).unsqueeze(1)
+    return gh.to(h.dtype), _slot_products(gy, h, order, position, offsets).to(w.dtype)
+
+
+def _slot_products(tokens: Tensor, rows: Tensor, order: Tensor, position: Tensor, offsets: Tensor) -> Tensor:
+    """p [T, K] with p[t, k] = <tokens[t], rows[position[t, k]]>, zero for slots without a row."""
+    wide = _sum_dtype(torch.promote_types(tokens.dtype, rows.dtype))
+    slots = order[: rows.shape[0]]
+    token_rows = tokens.index_select(0, slots // position.shape[1]).to(wide)
+    products = (token_rows * rows.to(wide)).sum(1)
+    products = products.where(torch.arange(slots.numel(), device=slots.device) < offsets[-1], 0)
+    result = products.new_zeros(position.numel())
+    result[slots] = products
+    return result.view(position.shape)
+
+
+# ------------------------------------------------------------------------------------------------ identity experts
+
+
+def identity_add(y: Tensor, x: Tensor, position: Tensor, w: Tensor) -> Tensor:
+    """y + sum of w[t, k] * x[t] over the slots without a row: experts whose id is outside [0, E) return their input."""
+    outside = position < 0
+    wide = _sum_dtype(torch.promote_types(x.dtype, w.dtype))
+    weight = w.to(wide).where(outside, 0).sum(1, keepdim=True)
+    return (y + (x * weight).where(outside.any(1, keepdim=True), 0)).to(y.dtype)
+
+
+def identity_backward(gy: Tensor, x: Tensor, position: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """What `identity_add` adds to the gradients: (gx [T, D] in x's dtype, gw [T, K] in w's dtype)."""
+    outside = position < 0
+    wide = _sum_dtype(torch.promote_types(x.dtype, w.dtype))
+    weight = w.to(wide).where(outside, 0).sum(1, keepdim=True)
+    gx = (gy * weight).where(outside.any(1, keepdim=True), 0)
+    gw = (gy.to(wide) * x.to(wide)).sum(1, keepdim=True).where(outside, 0)
+    return gx.to(x.dtype), gw.to(w.dtype)
+
+
+OPS: dict[str, Callable[..., object]] = {
+    op.__name__: op
+    for op in (
+        route,
+        gather_rows,
+        rows_backward,
+        grouped_linear,
+        grouped_wgrad,
+        grouped_wgrad_add,
+        expert_rows,
+        expert_sum,
+        combine,
+        combine_backward,
+        identity_add,
+        identity_backward,
+    )
+}

@@ -1,0 +1,189 @@
+"""Probe copies and probe inputs: what a block is run on while it is analysed and verified.
+
+A probe copy lives on the CPU in float64 with random parameters: equal experts (upcycling), zero-initialised weights and
+constant buffers would hide what the block computes, and in float64 every cast the block makes is visible as a cast.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moefx.errors import Decline, InputError
+
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+_TILE = 1_000_003  # a prime, so that tiled random numbers line up differently in every expert
+
+
+def random_like(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Random values of the tensor's shape: matrices scaled by their fan-in, vectors around one."""
+    base = torch.randn(min(tensor.numel(), _TILE), generator=generator, dtype=torch.float32).to(dtype)
+    flat = base if tensor.numel() <= _TILE else base.repeat(-(-tensor.numel() // _TILE))[: tensor.numel()]
+    values = flat.reshape(tensor.shape)
+    return values.mul_(tensor.shape[-1] ** -0.5) if tensor.dim() > 1 else values.mul_(0.3).add_(1.0)
+
+
+def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A private copy of `module` on the CPU with random parameters of `dtype`, without hooks.
+
+    Integer buffers keep their values; constant float buffers are perturbed. Raises Decline when it cannot be copied.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        new = random_like(p, dtype, generator) if p.is_floating_point() else p.detach().cpu().clone()
+        if p.dtype.is_complex:
+            raise Decline("a parameter is complex: experts on complex numbers are not rewritten")
+        memo[id(p)] = nn.Parameter(new, requires_grad=False)
+    for b in module.buffers():
+        new = b.detach().cpu().clone()
+        if b.is_floating_point():
+            new = new.to(dtype)
+            if new.numel() > 1 and bool((new == new.flatten()[0]).all()):
+                new = new + 0.1 * torch.randn(new.shape, generator=generator, dtype=torch.float32).to(dtype)
+        memo[id(b)] = new
+    own_forwards = {m: m.__dict__.pop("forward") for m in module.modules() if "forward" in m.__dict__}
+    try:
+        twin = copy.deepcopy(module, memo)
+    except Exception as error:  # noqa: BLE001 - modules hold arbitrary objects
+        raise Decline(f"the block cannot be copied for analysis: {type(error).__name__}: {error}") from error
+    finally:
+        for m, forward in own_forwards.items():
+            m.__dict__["forward"] = forward
+    for m in twin.modules():
+        for name in HOOKS:
+            if name in m.__dict__:
+                m.__dict__[name] = type(m.__dict__[name])()
+    return twin
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call in one normal form: everything that can be positional is positional, defaults filled in.
+
+    Raises InputError naming the module and its signature when the arguments do not fit.
+    """
+    signature = inspect.signature(type(module).forward)
+    try:
+        bound = signature.bind(module, *args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{type(module).__name__}.forward{signature} does not take these inputs: {error}") from None
+    bound.apply_defaults()
+    return tuple(bound.args[1:]), dict(bound.kwargs)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One real call of a block, moved to the CPU: the pattern from which probe inputs are drawn."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+        def keep(x: Any) -> Any:
+            return x.detach().cpu().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
+
+        return Example(*pytree.tree_map(keep, (tuple(args), dict(kwargs))))
+
+    def leaves(self) -> list[Any]:
+        return list(pytree.tree_leaves((self.args, self.kwargs)))
+
+    @property
+    def token_sizes(self) -> tuple[int, ...]:
+        """The distinct sizes of token dimensions: all but the last of float tensors, else all of integer tensors."""
+        tensors = [t for t in self.leaves() if isinstance(t, Tensor)]
+        floats = [t for t in tensors if t.is_floating_point() and t.dim() >= 2]
+        dims = [n for t in floats for n in t.shape[:-1]] or [n for t in tensors for n in t.shape]
+        return tuple(dict.fromkeys(dims))
+
+
+# token shapes to draw, by the number of token dimensions
+SHAPES: dict[int, tuple[tuple[int, ...], ...]] = {
+    0: ((),),
+    1: ((53,), (37,), (1,), (211,)),
+    2: ((3, 17), (2, 23), (1, 1), (5, 43)),
+    3: ((3, 2, 9), (2, 5, 7), (1, 1, 1), (5, 3, 13)),
+}
+
+
+def shapes_for(example: Example) -> tuple[tuple[int, ...], ...]:
+    rank = len(example.token_sizes)
+    if rank in SHAPES:
+        return SHAPES[rank]
+    raise Decline(f"the block's inputs have {rank} different leading sizes; which of them are tokens is unclear")
+
+
+def guess_experts(module: nn.Module) -> int:
+    """How many experts there may be: the commonest leading size of stacked parameters, or of repeated equal shapes."""
+    stacks = Counter(p.shape[0] for p in module.parameters() if p.dim() >= 3)
+    if stacks:
+        most = max(stacks.values())
+        return max(n for n, count in stacks.items() if count == most)
+    repeats = Counter(tuple(p.shape) for p in module.parameters() if p.dim() >= 2)
+    return max(repeats.values(), default=1)
+
+
+def draw(
+    example: Example,
+    token_shape: tuple[int, ...],
+    seed: int,
+    experts: int,
+    tokens: str = "random",
+    dtype: torch.dtype = torch.float64,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Fresh inputs in the example's pattern with other token sizes.
+
+    tokens: "random"; "alike": every token the same; "near": nearly the same (skewed routing); "one": like random, but
+    integer routing inputs send every token to the same experts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    new_size = dict(zip(example.token_sizes, token_shape))
+    leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
+    partners = [tuple(t.shape) for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+    def resize(t: Tensor, dims: range) -> Tensor:
+        for d in dims:
+            if t.shape[d] in new_size:
+                pick = torch.randint(0, max(t.shape[d], 1), (new_size[t.shape[d]],), generator=generator)
+                t = t.index_select(d, pick)
+        return t.clone()
+
+    def fresh(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return copy.deepcopy(t)
+        if t.is_floating_point():
+            if t.dim() < 2 or _is_mask(t):
+                return resize(t, range(t.dim())).to(dtype)
+            shape = [new_size.get(n, n) for n in t.shape[:-1]] + [t.shape[-1]]
+            if any(not i.is_floating_point() and i.shape == t.shape for i in leaves if isinstance(i, Tensor)):
+                return (torch.rand(shape, generator=generator) + 0.1).to(dtype)
+            noise = torch.randn(shape, generator=generator)
+            if tokens in ("alike", "near"):
+                noise = torch.randn(shape[-1], generator=generator).expand(shape) + (0.01 * noise if tokens == "near" else 0)
+            return noise.clone().to(dtype)
+        if t.dim() >= 2 and tuple(t.shape) in partners and t.dtype != torch.bool:
+            shape = [new_size.get(n, n) for n in t.shape[:-1]]
+            limit = max(experts, t.shape[-1], int(t.max()) + 1 if t.numel() else 0)
+            scores = torch.rand([*shape, limit], generator=generator)
+            if tokens in ("alike", "one"):
+                scores = scores[(0,) * len(shape)].expand_as(scores) if scores.numel() else scores
+            return scores.argsort(-1)[..., : t.shape[-1]].to(t.dtype)
+        return resize(t, range(t.dim()))
+
+    args, kwargs = pytree.tree_unflatten([fresh(t) for t in leaves], spec)
+    return args, kwargs
+
+
+def _is_mask(t: Tensor) -> bool:
+    """A float tensor of very few different values is a mask, not data."""
+    return t.numel() > 8 and len(torch.unique(t[torch.isfinite(t)])) <= 2

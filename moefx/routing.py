@@ -1,0 +1,111 @@
+"""How router values of any layout become the region's inputs: ids [T, K] and weights w [T, K]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moefx.ir import Region
+from moefx.trace import Trace, Value
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How recorded values explain the gate matrix G [T, E].
+
+    kind "slots":   G[t, ids[t,k]] += scale * w[t,k];  w None means weight 1; ids_transposed: ids and w are [K, T].
+    kind "gather":  G[t, ids[t,k]] += scale * w[t, ids[t,k]]   with w [T, E'].
+    kind "dense":   G = scale * w, whose axis `axis` counts experts; further axes beside the tokens are summed out.
+    kind "choice":  G[ids[e,c], e] += scale * w[e,c]           (expert choice).
+    order[l] is the expert that label l of the router means (None: the labels are the experts' own order).
+    """
+
+    kind: str
+    top_k: int
+    ids: Value | None
+    w: Value | None
+    scale: float = 1.0
+    ids_transposed: bool = False
+    axis: int = -1
+    order: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        text = {
+            "slots": f"top-{self.top_k} ids and weights",
+            "gather": f"top-{self.top_k} ids, weights gathered from dense scores",
+            "dense": "dense gate matrix with zeros",
+            "choice": "expert choice: each expert picks its tokens",
+        }[self.kind]
+        return text + ("" if self.w is not None else ", weight 1") + (f", scaled by {self.scale:g}" if self.scale != 1 else "")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """`combined` equals the region's output for tokens `x` and routing `routing`; everything else of the trace stays."""
+
+    trace: Trace
+    region: Region
+    x: Value
+    routing: Routing
+    combined: Value
+    residual: float
+
+
+def slots(t: Tensor, k: int, transposed: bool) -> Tensor:
+    """[T, K] from any layout with K last, or K first when `transposed`."""
+    return t.reshape(k, -1).t() if transposed else t.reshape(-1, k)
+
+
+def dense_gates(w: Tensor, axis: int, tokens: int) -> Tensor | None:
+    """[T, E] from a tensor whose axis `axis` counts experts; axes between or behind the token axes are summed out."""
+    moved = w.movedim(axis, -1)
+    lead, count = 0, 1
+    while lead < moved.dim() - 1 and count < tokens:
+        count *= moved.shape[lead]
+        lead += 1
+    if count != tokens:
+        return None
+    return moved.reshape(tokens, -1, moved.shape[-1]).sum(1)
+
+
+def region_inputs(routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(ids [T, K], w [T, K] or None for weight 1) in the experts' own numbering; slots to skip carry id `experts`."""
+    if routing.kind == "choice":
+        assert ids is not None
+        ids = ids.movedim(routing.axis, 0).reshape(experts, -1)
+        weights = torch.ones_like(ids, dtype=torch.get_default_dtype()) if w is None else w.movedim(routing.axis, 0).reshape(experts, -1)
+        gates = torch.zeros(experts, tokens, dtype=weights.dtype, device=ids.device).scatter_add(1, ids.long(), weights).t()
+        chosen = torch.zeros(experts, tokens, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), True).t()
+        every = torch.arange(experts, device=ids.device).expand(tokens, experts)
+        return _scaled(torch.where(chosen, every, experts), gates, routing)
+    if routing.kind == "dense":
+        assert w is not None
+        if tokens == 0:
+            return torch.zeros(0, experts, dtype=torch.int64, device=w.device), w.reshape(0, experts)
+        gates = dense_gates(w, w.dim() + routing.axis, tokens)
+        assert gates is not None
+        gates = gates[:, list(routing.order)] if routing.order is not None else gates[:, :experts]
+        every = torch.arange(experts, device=w.device).expand(tokens, experts)
+        return _scaled(torch.where(gates != 0, every, experts), gates, routing)
+    assert ids is not None
+    labels = slots(ids, routing.top_k, routing.ids_transposed)
+    if routing.kind == "gather":
+        assert w is not None
+        weights: Tensor | None = w.reshape(tokens, w.shape[-1]).gather(1, labels.long())
+    else:
+        weights = None if w is None else slots(w, routing.top_k, routing.ids_transposed)
+    if routing.order is not None:
+        meaning = torch.tensor([*(e if e >= 0 else experts for e in routing.order), experts], device=labels.device)
+        inside = (labels >= 0) & (labels < len(routing.order))
+        labels = meaning[torch.where(inside, labels, len(routing.order)).long()]
+    return _scaled(labels, weights, routing)
+
+
+def _scaled(ids: Tensor, w: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor | None]:
+    if routing.scale == 1.0:
+        return ids, w
+    if w is None:
+        return ids, torch.full(ids.shape, routing.scale, device=ids.device)
+    return ids, w * routing.scale

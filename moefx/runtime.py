@@ -1,0 +1,298 @@
+"""What an emitted file runs on: ops, lanes (CUDA streams; inline on the CPU), events, and the autograd node."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moefx.errors import InputError, PlanError
+from moefx.ir import Plan, Region, Schedule, TaskGraph, chunk_bounds
+from moefx.leaves import LeafBinder
+from moefx.ops import OPS
+
+# The lane of the caller's own stream.
+HOME_LANE = "compute"
+
+OpTable = Mapping[str, Callable[..., Any]]
+Saved = tuple[Tensor, ...]
+
+
+def ops_for(device_type: str, kernels: str) -> OpTable:
+    """The op table: Triton's kernels on CUDA ("auto") or anywhere ("triton"); torch for every op without a kernel."""
+    if kernels not in ("auto", "torch", "triton"):
+        raise InputError(f"kernels must be 'auto', 'torch' or 'triton'; got {kernels!r}")
+    if kernels == "triton" or (kernels == "auto" and device_type == "cuda"):
+        return _triton_ops()
+    return OPS
+
+
+@cache
+def _triton_ops() -> OpTable:
+    kernels: OpTable = importlib.import_module("moefx.codegen.triton_ops").OPS
+    return {**OPS, "grouped_wgrad_add": _adding(kernels["grouped_wgrad"]), **kernels}
+
+
+def _adding(wgrad: Callable[..., None]) -> Callable[..., None]:
+    """The adding form of a kernel that only writes: each share is rounded to the dtype of `out`, as is each sum."""
+
+    def grouped_wgrad_add(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
+        share = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        wgrad(rows, grad, offsets, share)
+        out += share
+
+    return grouped_wgrad_add
+
+
+# ------------------------------------------------------------------------------------------------ lanes and events
+
+
+@cache
+def _stream(device: torch.device, lane: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class Runtime:
+    """One run of a plan. Ops of the table are attributes: `rt.combine(...)`.
+
+    `delays`, a function of the lane's name, is called on entering a lane and before each record: tests put random
+    waits there to bring out a missing event.
+    """
+
+    def __init__(self, ops: OpTable, device: torch.device, delays: Callable[[str], None] | None = None) -> None:
+        self.ops = ops
+        self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._device = device
+        self._delays = delays
+        self._lane = HOME_LANE
+        self._entered: dict[str, torch.cuda.Stream] = {}
+        self._events: dict[str, torch.cuda.Event | None] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self.ops[name]
+        except KeyError:
+            raise AttributeError(f"no op {name!r}; the table has {', '.join(sorted(self.ops))}") from None
+
+    @staticmethod
+    def chunks(tokens: int, degree: int) -> list[slice]:
+        """Each chunk's tokens."""
+        return [slice(a, b) for a, b in chunk_bounds(tokens, degree)]
+
+    @contextmanager
+    def lane(self, name: str) -> Iterator[None]:
+        """Work in this context goes to the lane. A side lane starts behind what the caller's stream holds so far."""
+        outer, self._lane = self._lane, name
+        try:
+            if self._home is None or name == HOME_LANE:
+                self._delay()
+                yield
+            else:
+                stream = _stream(self._device, name)
+                if name not in self._entered:
+                    stream.wait_stream(self._home)
+                    self._entered[name] = stream
+                with torch.cuda.stream(stream):
+                    self._delay()
+                    yield
+        finally:
+            self._lane = outer
+
+    def _delay(self) -> None:
+        if self._delays is not None:
+            self._delays(self._lane)
+
+    def record(self, event: str) -> None:
+        """Marks the point that this lane has reached."""
+        self._delay()
+        self._events[event] = torch.cuda.current_stream(self._device).record_event() if self._home else None
+
+    def wait(self, event: str) -> None:
+        """This lane goes on only after the event."""
+        if event not in self._events:
+            raise PlanError(f"lane {self._lane} waits for event {event!r}, which nothing has recorded")
+        recorded = self._events[event]
+        if recorded is not None:
+            torch.cuda.current_stream(self._device).wait_event(recorded)
+
+    def hold(self, *values: Tensor | None) -> None:
+        """This lane uses values of other lanes: their memory is not given away before it has passed this point."""
+        if self._home is not None:
+            stream = torch.cuda.current_stream(self._device)
+            for value in values:
+                if value is not None:
+                    value.record_stream(stream)
+
+    def join(self, *values: Tensor | None) -> None:
+        """The caller's stream goes on after all lanes, and holds `values`."""
+        if self._home is not None:
+            for stream in self._entered.values():
+                self._home.wait_stream(stream)
+        self.hold(*values)
+
+    # Ops with a little more meaning than the table's.
+
+    def grouped_linear(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """The rows are cast to the weight's dtype, as a linear under autocast does."""
+        result: Tensor = self.ops["grouped_linear"](rows.to(weight.dtype), weight, offsets)
+        return result
+
+    def grouped_wgrad(self, rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
+        """Writes a matrix leaf's gradient; nothing to do for a frozen leaf (None)."""
+        if out is not None:
+            self.ops["grouped_wgrad"](rows.to(grad.dtype), grad, offsets, out)
+
+    def grouped_wgrad_add(self, rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
+        """Adds to a matrix leaf's gradient."""
+        if out is not None:
+            self.ops["grouped_wgrad_add"](rows.to(grad.dtype), grad, offsets, out)
+
+    def expert_sum_into(self, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
+        """Writes a vector leaf's gradient."""
+        if out is not None:
+            out.copy_(self.ops["expert_sum"](grad, offsets))
+
+    def expert_sum_into_add(self, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
+        """Adds to a vector leaf's gradient."""
+        if out is not None:
+            out += self.ops["expert_sum"](grad, offsets)
+
+
+# ------------------------------------------------------------------------------------------------ compiled regions
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The functions of an emitted file."""
+
+    source: str
+    forward: Callable[..., tuple[Tensor, Saved]]
+    backward: Callable[..., tuple[Tensor | None, Tensor]]
+
+
+class CompiledRegion:
+    """A region that runs: `compiled(x, ids, w, params) -> y`. Holds no tensors, so copies of a model may share it.
+
+    delays: see `Runtime`; notes: what had to be done the slow way at the last call.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        graphs: tuple[TaskGraph, TaskGraph],
+        schedules: tuple[Schedule, Schedule],
+        plans: tuple[Plan, Plan],
+        emitted: Emitted,
+        kernels: str,
+    ) -> None:
+        self.region, self.graphs, self.schedules, self.plans = region, graphs, schedules, plans
+        self.emitted, self.kernels = emitted, kernels
+        self.binder = LeafBinder(region.leaves)
+        self.delays: Callable[[str], None] | None = None
+        self.notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The emitted Python file."""
+        return self.emitted.source
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledRegion:
+        return self
+
+    def __call__(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """y [T, d_out] in x's dtype, for x [T, D], ids [T, K] integer, w [T, K] and the parameters by name."""
+        self._check(x, ids, w, params)
+        tensors = [params[name] for name in self.binder.names]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *tensors)):
+            y: Tensor = _RegionFunction.apply(self, _autocast_dtype(x.device.type), x, ids, w, *tensors)  # type: ignore[no-untyped-call]
+            return y
+        return self.run_forward(x, ids, w, tensors, _autocast_dtype(x.device.type))[0]
+
+    def _check(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> None:
+        region = self.region
+        slots = (x.shape[0], region.top_k)
+        if x.dim() != 2 or x.shape[1] != region.d_model:
+            raise InputError(f"x must be [T, {region.d_model}]; got {list(x.shape)}")
+        if tuple(ids.shape) != slots or ids.is_floating_point():
+            raise InputError(f"ids must be integers [{slots[0]}, {slots[1]}]; got {ids.dtype} {list(ids.shape)}")
+        if tuple(w.shape) != slots:
+            raise InputError(f"w must be [{slots[0]}, {slots[1]}]; got {list(w.shape)}")
+        if missing := [name for name in self.binder.names if name not in params]:
+            raise InputError(f"parameters missing: {', '.join(missing)}")
+
+    def _bind(self, tensors: list[Tensor], matrix_dtype: torch.dtype | None) -> list[Tensor]:
+        """The leaves; under autocast the matrices are cast as a linear's weight would be."""
+        leaves, notes = self.binder.bind(dict(zip(self.binder.names, tensors)))
+        self.notes = tuple(notes)
+        if matrix_dtype is None:
+            return leaves
+        matrix = [len(leaf.shape) == 2 for leaf in self.region.leaves]
+        return [leaf.to(matrix_dtype) if is_matrix else leaf for leaf, is_matrix in zip(leaves, matrix)]
+
+    def run_forward(
+        self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Saved]:
+        """y and what backward needs, without recording gradients."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            leaves = self._bind(tensors, matrix_dtype)
+            return self.emitted.forward(self._runtime(x.device), x, ids, w, leaves)
+
+    def run_backward(
+        self,
+        saved: Saved,
+        gy: Tensor,
+        tensors: list[Tensor],
+        wanted: list[bool],
+        need_x: bool,
+        matrix_dtype: torch.dtype | None,
+    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+        """Gradients of x (None unless needed), w, and the tensors that are wanted."""
+        names = self.binder.names
+        with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
+            leaves = self._bind(tensors, matrix_dtype)
+            wanted_names = {name for name, want in zip(names, wanted) if want}
+            grads = self.binder.gradients(dict(zip(names, tensors)), wanted_names)
+            gx, gw = self.emitted.backward(self._runtime(gy.device), saved, gy, leaves, grads.leaves, need_x)
+            by_name = grads.finish()
+        return gx, gw, [by_name[name] if want else None for name, want in zip(names, wanted)]
+
+    def _runtime(self, device: torch.device) -> Runtime:
+        return Runtime(ops_for(device.type, self.kernels), device, self.delays)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+class _RegionFunction(torch.autograd.Function):
+    """The region as one autograd node. The same tensor under two names gets the sum of both gradients from autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compiled: CompiledRegion,
+        matrix_dtype: torch.dtype | None,
+        x: Tensor,
+        ids: Tensor,
+        w: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        y, saved = compiled.run_forward(x, ids, w, list(tensors), matrix_dtype)
+        ctx.compiled, ctx.matrix_dtype, ctx.params = compiled, matrix_dtype, len(tensors)
+        ctx.save_for_backward(*tensors, *saved)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+        tensors, saved = list(ctx.saved_tensors[: ctx.params]), ctx.saved_tensors[ctx.params :]
+        _, _, need_x, _, need_w, *wanted = ctx.needs_input_grad
+        gx, gw, grads = ctx.compiled.run_backward(saved, gy, tensors, wanted, need_x, ctx.matrix_dtype)
+        return None, None, gx, None, gw if need_w else None, *grads

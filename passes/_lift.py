@@ -1,0 +1,712 @@
+"""Lifting: which rows of which tensors are f(x_t; theta_e), found below the dispatcher for all experts at once.
+
+Every element of every tensor carries a *code* that says what it is:
+
+    0                    a constant zero
+    DATA (-1)            anything not understood; also plain data
+    handle << 34 | col   an element of the thing the handle names:
+        leaf p           element `col` of parameter p
+        dot (p, s, row)  sum_i row[i] * p.flatten()[col + i*s]: a row contracted with one column of a parameter
+        val row          feature `col` of a template value
+
+Codes live on storages, so views need no rule at all. An operator that only moves elements is run again on the codes, so
+`index`, `cat`, `gather`, `index_put_` ... need no rule of their own either. What remains are four rules: contraction with a
+parameter, pointwise, reduction over the features, and the routing weight (a multiplication by one number a row).
+
+A Row is a template value for one token and one binding. A template value is a hash-consed expression whose holes are
+parameter slices; the binding says which slices fill the holes. Experts are the bindings of one template value: that they
+compute the same function of different parameters needs no check, it is what equality of hash-consed expressions means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DATA = -1
+ZERO = 0
+COL_BITS = 34
+COL_MASK = (1 << COL_BITS) - 1
+MAX_PARAM_ONLY = 1 << 16  # parameter-only arithmetic is followed up to this many elements (1 + norm weight, not W + B @ A)
+
+Signature = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operator name, args and kwargs with Child operands
+Piece = tuple[int, int]  # (parameter number, flat offset): what fills a hole
+
+
+@dataclass(frozen=True)
+class Child:
+    """Operand `index` of an op node."""
+
+    index: int
+
+
+class Row(NamedTuple):
+    """Template value `tv` with its holes filled by `binding`, for token `token` (None: no token), times weight `gate`."""
+
+    tv: int
+    binding: tuple[Piece, ...]
+    token: int | None
+    gate: float | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One template value. Holes are filled left to right by a binding.
+
+    kind "x": the token row. "linear": child 0 times a hole (I, O) with strides. "vector": a hole (n,) with a stride.
+    "op": aten operator `name` on the children. "columns": features start, start+step, ... of child 0.
+    "item": member of a tuple-valued op. "gate": child 0 times the routing weight.
+    children: (template value, positions of its holes in this value's binding).
+    """
+
+    kind: str
+    width: int
+    children: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    name: str = ""
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+# Operators that move elements, and the arguments that hold the elements moved (the others are indices and sizes).
+MOVES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        "index index_select gather clone repeat flip roll masked_select take embedding repeat_interleave "
+        "constant_pad_nd lift_fresh_copy view_copy expand_copy permute_copy _unsafe_view contiguous slice_copy".split(),
+        (0,),
+    ),
+    "cat": (0,),
+    "stack": (0,),
+    "index_put": (0, 2),
+    "_unsafe_index_put": (0, 2),
+    "_index_put_impl": (0, 2),
+    "masked_scatter": (0, 2),
+    "index_copy": (0, 3),
+    "scatter": (0, 3),
+    "slice_scatter": (0, 1),
+    "select_scatter": (0, 1),
+    "where": (1, 2),
+}
+ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros empty empty_like new_empty empty_strided new_empty_strided zero".split())
+# op: (index of x, index of W, index of bias or None, whether W is transposed [O, I])
+CONTRACTIONS: dict[str, tuple[int, int, int | None]] = {
+    "mm": (0, 1, None), "bmm": (0, 1, None), "addmm": (1, 2, 0), "baddbmm": (1, 2, 0), "mv": (0, 1, None), "addmv": (1, 2, 0),
+}  # fmt: skip
+REDUCTIONS = frozenset("sum mean amax amin var std linalg_vector_norm prod".split())
+ROWWISE = frozenset("_softmax _log_softmax softmax log_softmax glu".split())
+NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split())
+RANDOM = frozenset("bernoulli native_dropout rand_like randn_like uniform normal rand randn dropout".split())
+
+
+class Lifter(TorchDispatchMode):
+    """Follows one run of a block. `experts`: the parameters that may start a lift (None: all of them)."""
+
+    def __init__(self, module: nn.Module, experts: frozenset[str] | None = None) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.tensors: list[Tensor] = []
+        self.param_of: dict[int, int] = {}
+        self.buffers: set[int] = set()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            self.param_of[tensor.untyped_storage()._cdata] = len(self.names)
+            self.names.append(name)
+            self.tensors.append(tensor.detach())
+        self.experts = None if experts is None else frozenset(i for i, n in enumerate(self.names) if n in experts)
+        self.handles: list[tuple[Any, ...]] = [()]
+        self.rows: list[Row] = [Row(-1, (), None, None)]
+        self.nodes: list[Node] = []
+        self.uses: dict[int, dict[tuple[Piece, ...], list[int]]] = {}  # template value -> binding -> row numbers
+        self.notes: list[str] = []  # why lifting stopped, for near misses
+        self._handle_of: dict[tuple[Any, ...], int] = {}
+        self._row_of: dict[Row, int] = {}
+        self._node_of: dict[Node, int] = {}
+        self._codes: dict[int, Tensor | int] = {}
+        self._itemsize: dict[int, int] = {}
+        self._tainted: set[int] = set()
+        self._alive: list[Tensor] = []
+        self._token_of: dict[int, int] = {}
+        if self.experts is not None:
+            self._tainted |= {self.tensors[i].untyped_storage()._cdata for i in self.experts}
+
+    # ------------------------------------------------------------------ tables
+
+    def node(self, node: Node) -> int:
+        if node not in self._node_of:
+            self._node_of[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self._node_of[node]
+
+    def row(self, row: Row) -> int:
+        number = self._row_of.get(row)
+        if number is None:
+            number = self._row_of[row] = len(self.rows)
+            self.rows.append(row)
+            self.uses.setdefault(row.tv, {}).setdefault(row.binding, []).append(number)
+        return number
+
+    def handle(self, key: tuple[Any, ...]) -> int:
+        if key not in self._handle_of:
+            self._handle_of[key] = len(self.handles)
+            self.handles.append(key)
+        return self._handle_of[key]
+
+    def token_ids(self, rows: Tensor) -> Tensor:
+        """Numbers for data rows [N, D]: equal rows get equal numbers, an all-zero row gets 0."""
+        hashes = hash_rows(rows)
+        unique, inverse = torch.unique(hashes, return_inverse=True)
+        ids = [self._token_of.setdefault(h, len(self._token_of) + 1) for h in unique.tolist()]
+        numbers = torch.tensor(ids)[inverse] if ids else torch.zeros(0, dtype=torch.int64)
+        return torch.where((rows == 0).all(-1), 0, numbers)
+
+    def token_hashes(self) -> dict[int, int]:
+        """token number -> row hash."""
+        return {number: h for h, number in self._token_of.items()}
+
+    # ------------------------------------------------------------------ codes on storages
+
+    def is_tainted(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._tainted
+
+    def codes(self, tensor: Tensor) -> Tensor | int:
+        """The codes of a tensor's elements: a tensor of its shape, or one number for all."""
+        storage = tensor.untyped_storage()._cdata
+        found = self._codes.get(storage)
+        if found is None:
+            param = self.param_of.get(storage)
+            if param is None or tensor.dtype.is_complex:
+                return DATA
+            base = self.handle(("leaf", param)) << COL_BITS
+            return base + _offsets(tensor)
+        if isinstance(found, int):
+            return found
+        if self._itemsize[storage] != tensor.itemsize:
+            return DATA
+        return found.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def set_codes(self, tensor: Tensor, codes: Tensor | int) -> None:
+        storage = tensor.untyped_storage()._cdata
+        if tensor.numel() == 0 or storage in self.param_of:
+            return
+        whole = tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
+        if isinstance(codes, int) and (whole or codes == self._codes.get(storage, DATA)):
+            self._codes[storage] = codes
+            self._itemsize[storage] = tensor.itemsize
+            return
+        flat = self._codes.get(storage, DATA)
+        if isinstance(flat, int):
+            flat = torch.full((tensor.untyped_storage().nbytes() // tensor.itemsize,), flat, dtype=torch.int64)
+            self._codes[storage], self._itemsize[storage] = flat, tensor.itemsize
+        flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(
+            codes if isinstance(codes, Tensor) else torch.tensor(codes)
+        )
+
+    def _full(self, tensor: Tensor) -> Tensor:
+        codes = self.codes(tensor)
+        return codes if isinstance(codes, Tensor) else torch.full(tensor.shape, codes, dtype=torch.int64)
+
+    def _lifted(self, tensor: Any) -> bool:
+        """Whether a tensor holds any element that is not plain data or zero."""
+        if not isinstance(tensor, Tensor) or tensor.numel() == 0:
+            return False
+        storage = tensor.untyped_storage()._cdata
+        if storage in self.param_of:
+            return True
+        found = self._codes.get(storage)
+        return isinstance(found, Tensor) and bool((self.codes(tensor) > 0).any())  # type: ignore[operator, union-attr]
+
+    def _kind(self, code: int) -> str:
+        return self.handles[code >> COL_BITS][0] if code > 0 else ""
+
+    # ------------------------------------------------------------------ the dispatch mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        self._alive.extend(outputs)
+        if any(self.is_tainted(t) for t in inputs):
+            self._tainted.update(t.untyped_storage()._cdata for t in outputs)
+        self._follow(func, args, kwargs, result, inputs, outputs)
+        return result
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        name = func._schema.name.split("::")[-1]
+        inplace = func._schema.is_mutable
+        base = name[:-1] if inplace and name.endswith("_") else name
+        shared = {t.untyped_storage()._cdata for t in inputs}
+        if not inplace and outputs and all(t.untyped_storage()._cdata in shared for t in outputs):
+            return  # a view: codes live on the storage
+        if base in ZERO_FACTORIES:
+            for t in outputs:
+                self.set_codes(t, ZERO)
+            return
+        if not any(self._lifted(t) for t in inputs):
+            if base in MOVES or base in ("copy", "fill", "masked_fill"):
+                if any(self.codes(t) is not DATA for t in inputs):
+                    self._move(func, base, args, kwargs, result, inplace)
+                return
+            for t in outputs:
+                if t.untyped_storage()._cdata in self._codes:
+                    self.set_codes(t, DATA)
+            return
+        codes: Tensor | int | None
+        if base in RANDOM and not (base == "native_dropout" and (args[1] == 0 or args[2] is False)):
+            self.notes.append(f"a random operator ({base}) acts on an expert's values")
+            codes = None
+        elif base in CONTRACTIONS:
+            codes = self._contraction(base, args, kwargs)
+        elif base in MOVES and not (base == "where" and self._lifted(args[0])) or base in ("copy", "fill"):
+            self._move(func, base, args, kwargs, result, inplace)
+            return
+        elif base == "masked_fill" and not self._lifted(args[1]):
+            self._move(func, base, args, kwargs, result, inplace)
+            return
+        elif base in ("_to_copy", "native_dropout"):
+            codes = self._cast(args, kwargs, outputs[0]) if base == "_to_copy" else self.codes(args[0])
+        elif base in REDUCTIONS or base in ROWWISE or base in NORMS:
+            codes = self._feature_op(func, base, args, kwargs, outputs[0])
+        elif torch.Tag.pointwise in func.tags and len(outputs) == 1:
+            codes = self._pointwise(func, args, kwargs, outputs[0])
+        else:
+            codes = self._grouped(args, outputs[0]) if len(outputs) == 1 and outputs[0].dim() == 2 else None
+        if codes is None and any(isinstance(self._codes.get(t.untyped_storage()._cdata), Tensor) for t in inputs):
+            self.notes.append(f"lifting stopped at {func}")
+        for i, t in enumerate(outputs):
+            self.set_codes(t, DATA if codes is None or i > 0 else codes)
+
+    # ------------------------------------------------------------------ rule 0: moving elements
+
+    def _move(self, func: Any, base: str, args: Any, kwargs: Any, result: Any, inplace: bool) -> None:
+        out = result if isinstance(result, Tensor) else args[0]
+        if base == "copy":
+            self.set_codes(args[0], self._full(args[1]).expand(args[0].shape))
+            return
+        if base == "fill":
+            self.set_codes(out, ZERO if not isinstance(args[1], Tensor) and args[1] == 0 else DATA)
+            return
+        if base == "masked_fill":
+            value = args[2].item() if isinstance(args[2], Tensor) and args[2].dim() == 0 else args[2]
+            kept = self._full(args[0]).clone()
+            self.set_codes(out, kept.masked_fill(args[1], ZERO if value == 0 else DATA))
+            return
+        accumulates = base in ("index_put", "_unsafe_index_put", "_index_put_impl") and len(args) > 3 and args[3]
+        scalar = base in ("scatter", "where") and any(not isinstance(args[i], Tensor) for i in MOVES[base] if i < len(args))
+        padded = base == "constant_pad_nd" and len(args) > 2 and args[2] != 0
+        if accumulates or padded or (scalar and base == "scatter") or "reduce" in kwargs or kwargs.get("accumulate"):
+            self.set_codes(out, DATA)
+            return
+        replaced = list(args)
+        for i in MOVES[base]:
+            if i < len(args):
+                replaced[i] = self._code_argument(args[i])
+        if base == "embedding":
+            replaced = replaced[:2]
+        moved = func(*replaced, **{k: v for k, v in kwargs.items() if k not in ("dtype", "memory_format")})
+        self.set_codes(out, moved)
+
+    def _code_argument(self, arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [self._code_argument(a) for a in arg]
+        if isinstance(arg, Tensor):
+            return self._full(arg).clone()
+        return ZERO if arg == 0 else DATA
+
+    # ------------------------------------------------------------------ rows
+
+    def normalise(self, codes: Tensor, axis: int) -> Tensor:
+        """Row numbers of `codes` read along `axis`: shape without that axis; DATA where it is no row, 0 for a zero row."""
+        c = codes.movedim(axis, -1)
+        width = c.shape[-1]
+        flat = c.reshape(-1, width)
+        handles, cols = flat >> COL_BITS, flat & COL_MASK
+        step = cols[:, 1] - cols[:, 0] if width > 1 else torch.ones_like(cols[:, 0])
+        regular = (cols == cols[:, :1] + step[:, None] * torch.arange(width)).all(-1)
+        valid = (handles == handles[:, :1]).all(-1) & regular & (handles[:, 0] > 0)
+        keys = torch.stack([handles[:, 0], cols[:, 0], step], 1)
+        keys = torch.where(valid[:, None], keys, torch.tensor([[-1, 0, 0]]))
+        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+        numbers = [self._normal_row(h, col, s, width) if h > 0 else DATA for h, col, s in unique.tolist()]
+        rows = torch.tensor(numbers, dtype=torch.int64)[inverse] if numbers else torch.zeros(0, dtype=torch.int64)
+        rows = torch.where((flat == ZERO).all(-1), ZERO, rows)
+        return rows.reshape(c.shape[:-1])
+
+    def _normal_row(self, handle: int, col: int, step: int, width: int) -> int:
+        key = self.handles[handle]
+        if key[0] == "leaf":
+            return self.row(Row(self.node(Node("vector", width, args=(step,))), ((key[1], col),), None, None))
+        if key[0] == "dot":
+            _, param, contracted, stride, source = key
+            row = self.rows[source]
+            holes = tuple(range(len(row.binding)))
+            node = Node("linear", width, ((row.tv, holes),), args=(contracted, stride, step))
+            return self.row(Row(self.node(node), (*row.binding, (param, col)), row.token, row.gate))
+        row = self.rows[key[1]]
+        full = self.nodes[row.tv].width
+        if (col, step, width) == (0, 1, full) or (full == 1 and step in (0, 1)):
+            return int(key[1])
+        if step == 0:
+            return DATA
+        holes = tuple(range(len(row.binding)))
+        node = Node("columns", width, ((row.tv, holes),), args=(col, step))
+        return self.row(row._replace(tv=self.node(node)))
+
+    def _spread(self, rows: Tensor, width: int, axis: int) -> Tensor:
+        """Codes of values whose rows are given: the inverse of `normalise`."""
+        unique, inverse = torch.unique(rows, return_inverse=True)
+        handles = torch.tensor([self.handle(("val", r)) if r > 0 else 0 for r in unique.tolist()], dtype=torch.int64)
+        base = (handles << COL_BITS)[inverse] if len(unique) else rows
+        codes = base[..., None] + torch.arange(width)
+        codes = torch.where(rows[..., None] > 0, codes, rows[..., None])
+        return codes.movedim(-1, axis)
+
+    def _feature_axis(self, codes: Tensor) -> int | None:
+        """The axis along which neighbouring elements are features of one row."""
+        for axis in reversed(range(codes.dim())):
+            if codes.shape[axis] > 1:
+                first, second = codes.select(axis, 0), codes.select(axis, 1)
+                lifted = first > 0
+                if bool(lifted.any()):
+                    same = (first >> COL_BITS) == (second >> COL_BITS)
+                    if bool((same & (first != second) & lifted).any()):
+                        return axis
+        ones = [a for a in range(codes.dim()) if codes.shape[a] == 1]
+        return ones[-1] if ones else None
+
+    def _join(self, node: tuple[str, str, tuple[Any, ...], tuple[tuple[str, Any], ...], int], rows: list[Row]) -> int:
+        """The row `op(rows)`: DATA when the operands belong to different tokens or weights."""
+        tokens = {r.token for r in rows if r.token is not None}
+        gates = {r.gate for r in rows if r.gate is not None}
+        if len(tokens) > 1 or len(gates) > 1:
+            self.notes.append("a pointwise operator mixes values of different tokens")
+            return DATA
+        binding = tuple(dict.fromkeys(p for r in rows for p in r.binding))
+        place = {p: i for i, p in enumerate(binding)}
+        children = tuple((r.tv, tuple(place[p] for p in r.binding)) for r in rows)
+        kind, name, args, kwargs, width = node
+        number = self.node(Node(kind, width, children, name, args, kwargs))
+        return self.row(Row(number, binding, tokens.pop() if tokens else None, gates.pop() if gates else None))
+
+    # ------------------------------------------------------------------ rule 1: contraction with a parameter
+
+    def _contraction(self, base: str, args: Any, kwargs: Any) -> Tensor | int | None:
+        i, j, k = CONTRACTIONS[base]
+        if any(kwargs.get(s, 1) != 1 for s in ("alpha", "beta")):
+            return None
+        left, right = args[i], args[j]
+        vector = right.dim() == 1
+        if vector:
+            right = right.unsqueeze(-1)
+        batched = left.dim() == 3
+        if not batched:
+            left, right = left.unsqueeze(0), right.unsqueeze(0)
+        codes = None
+        if (columns := self._columns(right)) is not None:
+            codes = self._dots(left, *columns)
+        elif (columns := self._columns(left.transpose(1, 2))) is not None:
+            codes = self._dots(right.transpose(1, 2), *columns)
+            codes = None if codes is None else codes.transpose(1, 2)
+        if codes is None:
+            return None
+        if not batched:
+            codes = codes[0]
+        if vector:
+            codes = codes[..., 0]
+        if k is not None:
+            signature: Signature = ("aten.add.Tensor", (Child(0), Child(1)), ())
+            return self._combine([codes, args[k]], [codes, self.codes(args[k])], signature, codes.shape)
+        return codes
+
+    def _columns(self, weight: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        """For a weight [B, I, J] made of parameters: (parameter number, flat offset) of each column [B, J], stride along I."""
+        if weight.numel() == 0 or weight.shape[1] == 0:
+            return None
+        storage = weight.untyped_storage()._cdata
+        param = self.param_of.get(storage)
+        if param is not None:
+            if weight.dtype.is_complex or self.experts is not None and param not in self.experts:
+                return None
+            s = weight.stride()
+            offsets = weight.storage_offset() + torch.arange(weight.shape[0])[:, None] * s[0] + torch.arange(weight.shape[2]) * s[2]
+            return torch.full_like(offsets, param), offsets, s[1]
+        codes = self.codes(weight)
+        if not isinstance(codes, Tensor) or self._kind(int(codes[0, 0, 0])) != "leaf":
+            return None
+        first = codes[:, 0, :]
+        handles = first >> COL_BITS
+        params = {h: self.handles[h] for h in torch.unique(handles).tolist()}
+        if any(h <= 0 or key[0] != "leaf" for h, key in params.items()):
+            return None
+        if self.experts is not None and any(key[1] not in self.experts for key in params.values()):
+            return None
+        stride = int(codes[0, 1, 0] - codes[0, 0, 0]) if weight.shape[1] > 1 else 1
+        if not bool((codes == first[:, None, :] + stride * torch.arange(weight.shape[1])[:, None]).all()):
+            return None
+        numbers = torch.zeros_like(handles)
+        for h, key in params.items():
+            numbers[handles == h] = key[1]
+        return numbers, first & COL_MASK, stride
+
+    def _source_rows(self, x: Tensor) -> Tensor | None:
+        """Row numbers [B, N] of the left operand [B, N, I]: template rows, or fresh token rows for plain data."""
+        codes = self.codes(x)
+        if isinstance(codes, Tensor) and bool((codes > 0).any()):
+            rows = self.normalise(codes, 2)
+            if bool((rows != DATA).all()) and not bool((rows > 0).any() and self._is_vector(int(rows.max()))):
+                return rows
+        if not x.is_floating_point():
+            return None
+        tokens = self.token_ids(x.reshape(-1, x.shape[-1]))
+        tv = self.node(Node("x", x.shape[-1]))
+        unique, inverse = torch.unique(tokens, return_inverse=True)
+        numbers = torch.tensor([self.row(Row(tv, (), t, None)) if t else ZERO for t in unique.tolist()], dtype=torch.int64)
+        return numbers[inverse].reshape(x.shape[:-1]) if len(unique) else tokens.reshape(x.shape[:-1])
+
+    def _is_vector(self, row: int) -> bool:
+        return self.nodes[self.rows[row].tv].kind == "vector"
+
+    def _dots(self, x: Tensor, params: Tensor, offsets: Tensor, stride: int) -> Tensor | None:
+        """Codes [B, N, J] of x [B, N, I] @ columns."""
+        rows = self._source_rows(x)
+        if rows is None:
+            return None
+        contracted = x.shape[-1]
+        out = torch.zeros(x.shape[0], x.shape[1], offsets.shape[1], dtype=torch.int64)
+        for param in torch.unique(params).tolist():
+            unique, inverse = torch.unique(rows, return_inverse=True)
+            keys = [self.handle(("dot", param, contracted, stride, r)) if r > 0 else 0 for r in unique.tolist()]
+            handles = torch.tensor(keys, dtype=torch.int64)[inverse] if len(unique) else rows
+            codes = (handles << COL_BITS)[..., None] + offsets[:, None, :]
+            codes = torch.where(rows[..., None] > 0, codes, ZERO)
+            out = torch.where((params == param)[:, None, :], codes, out)
+        return out
+
+    def _grouped(self, args: Any, out: Tensor) -> Tensor | None:
+        """A product of rows [R, I] with weights [E, I, J] by segments, under whatever operator name: proved by its values."""
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        x = next((t for t in tensors if t.dim() == 2 and t.is_floating_point()), None)
+        w = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
+        ends = next((t for t in tensors if t.dim() == 1 and not t.is_floating_point()), None)
+        if x is None or w is None or ends is None or ends.shape[0] != w.shape[0] or x.shape[0] != out.shape[0]:
+            return None
+        w = w if w.shape[1] == x.shape[1] and w.shape[2] == out.shape[1] else w.transpose(1, 2)
+        if w.shape[1] != x.shape[1] or w.shape[2] != out.shape[1]:
+            return None
+        codes = torch.full(out.shape, DATA, dtype=torch.int64)
+        start = 0
+        for e, end in enumerate(ends.tolist()):
+            if end > start:
+                columns = self._columns(w[e : e + 1])
+                close = torch.allclose(x[start:end] @ w[e], out[start:end], rtol=1e-3, atol=1e-3 * float(out.abs().max()))
+                if columns is None or not close:
+                    return None
+                dots = self._dots(x[start:end].unsqueeze(0), *columns)
+                if dots is None:
+                    return None
+                codes[start:end] = dots[0]
+            start = max(start, end)
+        return codes
+
+    # ------------------------------------------------------------------ rule 2: pointwise, and rule 4: the routing weight
+
+    def _pointwise(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+        operands: list[Tensor] = []
+
+        def symbol(a: Any) -> Any:
+            if isinstance(a, (list, tuple)):
+                return tuple(symbol(b) for b in a)
+            if not isinstance(a, Tensor):
+                return a
+            operands.append(a)
+            return Child(len(operands) - 1)
+
+        symbols = symbol(tuple(args))
+        named = tuple((k, symbol(v)) for k, v in kwargs.items() if k not in ("memory_format", "layout", "device", "pin_memory"))
+        name = _functional_name(func)
+        if name is None:
+            return None
+        return self._combine(operands, [self.codes(t) for t in operands], (name, symbols, named), out.shape)
+
+    def _combine(self, operands: list[Tensor], codes: list[Tensor | int], signature: Signature, shape: Any) -> Tensor | None:
+        """Codes of a pointwise result of `shape` from its operands and their codes."""
+        name, symbols, named = signature
+        lifted = [isinstance(c, Tensor) and bool((c > 0).any()) for c in codes]
+        own = [lft and self._holds_rows(c) for lft, c in zip(lifted, codes)]
+        if not any(own):
+            if not all(lifted) or any(t.numel() > MAX_PARAM_ONLY for t in operands):
+                return None
+        axis = None
+        for c, is_row in sorted(zip(codes, own), key=lambda p: (not p[1], -(p[0].numel() if isinstance(p[0], Tensor) else 0))):
+            if isinstance(c, Tensor) and axis is None and (is_row or not any(own)):
+                wide = c.expand(shape) if c.dim() == len(shape) else c.reshape((1,) * (len(shape) - c.dim()) + c.shape).expand(shape)
+                axis = self._feature_axis(wide)
+        if axis is None:
+            axis = len(shape) - 1
+        if axis < 0:
+            return None
+        width = shape[axis]
+        columns: list[Tensor] = []  # for each operand: row numbers, or weights of rows, broadcast to the rows' shape
+        is_gate: list[bool] = []
+        rows_shape = [n for a, n in enumerate(shape) if a != axis]
+        for t, c, lft in zip(operands, codes, lifted):
+            full = t.reshape((1,) * (len(shape) - t.dim()) + t.shape)
+            if lft:
+                code = c.reshape(full.shape)  # type: ignore[union-attr]
+                columns.append(self.normalise(code, axis).expand(rows_shape))
+                is_gate.append(False)
+            elif full.shape[axis] == 1 and t.is_floating_point() and name.startswith("aten.mul."):
+                columns.append(full.select(axis, 0).expand(rows_shape).double())
+                is_gate.append(True)
+            elif t.numel() == 1:
+                columns.append(t.reshape(()).expand(rows_shape).double())
+                is_gate.append(False)
+                symbols = _substitute(symbols, len(columns) - 1, t.reshape(()).item())
+            elif isinstance(c, int) and c == ZERO and name == "aten.add.Tensor":
+                return codes[1 - len(columns)] if len(codes) == 2 and lifted[1 - len(columns)] else None  # type: ignore[return-value]
+            else:
+                return None
+        keys = torch.stack([c.reshape(-1).double() for c in columns], 1)
+        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+        numbers = [self._pointwise_row(u, is_gate, lifted, name, symbols, named, width) for u in unique.tolist()]
+        rows = torch.tensor(numbers, dtype=torch.int64)[inverse].reshape(rows_shape) if numbers else torch.zeros(rows_shape, dtype=torch.int64)
+        if not bool((rows > 0).any()):
+            return None
+        return self._spread(rows, width, axis)
+
+    def _pointwise_row(self, key: list[float], is_gate: list[bool], lifted: list[bool], name: str, symbols: Any, named: Any, width: int) -> int:
+        numbers = [int(k) for k, lft in zip(key, lifted) if lft]
+        if DATA in numbers:
+            return DATA
+        if ZERO in numbers:
+            return ZERO
+        rows = [self.rows[n] for n in numbers]
+        if any(is_gate):
+            weight = key[is_gate.index(True)]
+            if len(rows) != 1 or rows[0].token is None or sum(is_gate) != 1:
+                return DATA
+            node = Node("gate", self.nodes[rows[0].tv].width, ((rows[0].tv, tuple(range(len(rows[0].binding)))),))
+            return self.row(Row(self.node(node), rows[0].binding, rows[0].token, weight * (rows[0].gate or 1.0)))
+        order = {i: n for n, i in enumerate(i for i, lft in enumerate(lifted) if lft)}
+        args, kwargs = _renumber(symbols, order), tuple((k, _renumber(v, order)) for k, v in named)
+        return self._join(("op", name, args, kwargs, width), rows)
+
+    def _holds_rows(self, codes: Any) -> bool:
+        """Whether codes contain values or dots (not parameters alone)."""
+        positive = codes[codes > 0]
+        handles = torch.unique(positive >> COL_BITS).tolist()
+        return any(self.handles[h][0] != "leaf" and not (self.handles[h][0] == "val" and self.rows[self.handles[h][1]].token is None) for h in handles)
+
+    def _cast(self, args: Any, kwargs: Any, out: Tensor) -> Tensor | int | None:
+        if out.dtype == args[0].dtype or not args[0].is_floating_point():
+            return self.codes(args[0])
+        codes = self._full(args[0])
+        if not self._holds_rows(codes):
+            return codes  # a parameter in another dtype is still that parameter
+        signature: Signature = ("aten._to_copy.default", (Child(0),), (("dtype", out.dtype),))
+        return self._combine([args[0]], [codes], signature, out.shape)
+
+    # ------------------------------------------------------------------ rule 3: operators over the features of a row
+
+    def _feature_op(self, func: Any, base: str, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+        x = args[0]
+        codes = self._full(x)
+        axis = self._feature_axis(codes)
+        if axis is None or not self._holds_rows(codes):
+            return None
+        rows, width = self.normalise(codes, axis), x.shape[axis]
+        name = _functional_name(func)
+        extra: list[Tensor] = []
+        named = tuple((k, v) for k, v in kwargs.items() if k not in ("keepdim", "dim"))
+        keep = True
+        if base in REDUCTIONS:
+            position = 2 if base == "linalg_vector_norm" else 1
+            dims = args[position] if len(args) > position else kwargs.get("dim")
+            dims = [dims] if isinstance(dims, int) else dims
+            if not dims or [d % x.dim() for d in dims] != [axis]:
+                return None
+            keep = out.dim() == x.dim()
+            before = (args[1],) if base == "linalg_vector_norm" else ()
+            symbols: tuple[Any, ...] = (Child(0), *before, (1,))
+            named = (*named, ("keepdim", True))
+            width = 1
+        elif base in ROWWISE:
+            dim = args[1] if len(args) > 1 else -1
+            if dim % x.dim() != axis:
+                return None
+            symbols = (Child(0), 1, *args[2:])
+            width = out.shape[axis]
+        else:
+            if axis != x.dim() - 1 or list(args[1]) != [width]:
+                return None
+            parts: list[Any] = [Child(0), (width,)]
+            for a in args[2:]:
+                if isinstance(a, Tensor):
+                    extra.append(a)
+                    parts.append(Child(len(extra)))
+                else:
+                    parts.append(a)
+            symbols = tuple(parts)
+        vectors = [self.normalise(self._full(t), 0) for t in extra]
+        unique, inverse = torch.unique(rows, return_inverse=True)
+        numbers = []
+        for r in unique.tolist():
+            members = [r, *(int(v) for v in vectors)]
+            if min(members) <= 0 or name is None:
+                numbers.append(ZERO if r == ZERO else DATA)
+                continue
+            number = self._join(("op", name, symbols, named, width), [self.rows[m] for m in members])
+            if base in ("native_layer_norm", "_fused_rms_norm") and number > 0:
+                number = self._join(("item", "", (0,), (), width), [self.rows[number]])
+            numbers.append(number)
+        result = torch.tensor(numbers, dtype=torch.int64)[inverse]
+        if not bool((result > 0).any()):
+            return None
+        spread = self._spread(result, width, axis)
+        return spread if keep else spread.select(axis, 0)
+
+
+def hash_rows(rows: Tensor) -> Tensor:
+    """A 64-bit number for each row [N, D]; equal rows (bit for bit, -0 = 0) get equal numbers."""
+    bits = (rows.double() + 0.0).contiguous().view(torch.int64)
+    generator = torch.Generator().manual_seed(rows.shape[-1])
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) | 1
+    mixed = (bits ^ (bits >> 29)) * factors
+    return (mixed ^ (mixed >> 31)).sum(-1)
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """Flat storage offset of each element."""
+    offsets = torch.tensor(tensor.storage_offset())
+    for n, stride in zip(tensor.shape, tensor.stride()):
+        offsets = offsets[..., None] + torch.arange(n) * stride
+    return offsets
+
+
+def _functional_name(func: Any) -> str | None:
+    """Qualified name of the out-of-place variant of an operator."""
+    packet, overload = func._schema.name.split("::")[1], func._overloadname
+    if func._schema.is_mutable and packet.endswith("_"):
+        packet = packet[:-1]
+    try:
+        getattr(getattr(torch.ops.aten, packet), overload)
+    except AttributeError:
+        return None
+    return f"aten.{packet}.{overload}"
+
+
+def _substitute(symbols: Any, index: int, value: Any) -> Any:
+    """Replaces operand `index` by a number."""
+    if isinstance(symbols, Child):
+        return value if symbols.index == index else symbols
+    return tuple(_substitute(s, index, value) for s in symbols) if isinstance(symbols, tuple) else symbols
+
+
+def _renumber(symbols: Any, order: dict[int, int]) -> Any:
+    """Renumbers operands after those that are not rows have left."""
+    if isinstance(symbols, Child):
+        return Child(order[symbols.index])
+    return tuple(_renumber(s, order) for s in symbols) if isinstance(symbols, tuple) else symbols

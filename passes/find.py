@@ -1,0 +1,721 @@
+"""find: Trace --> hypotheses of what the block's routed part computes.
+
+    y[t] = sum_e G[t, e] * f(x_t; theta_e)
+
+The proof, step by step; each step is a function below.
+
+1. *experts*   Template values (see `_lift`) with several bindings: f with several theta_e.    -> Bank
+2. *tokens*    The smallest recorded tensor that holds every row fed to f.                      -> x [T, D]
+3. *gates*     For every later tensor y of T rows, solve the equation for G by least squares.
+               A residual of rounding size means: y IS a routed output, and G is the true gate matrix.
+4. *routing*   Explain G by recorded router values: ids and weights, or a dense gate tensor.
+5. *identity*  Experts beyond the bank pass the token through, if G has such a part.
+
+Nothing here knows how the block spelled its dispatch and combine. A hypothesis may still be wrong outside of the probe
+(a capacity that was not reached, say): verification decides, and the next hypothesis gets its turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefx.errors import Decline
+from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template
+from moefx.passes._lift import Child, Lifter, Node, Piece, hash_rows
+from moefx.routing import Hypothesis, Routing, dense_gates, slots
+from moefx.trace import Trace, Value, values_in
+
+log = logging.getLogger(__name__)
+
+MAX_GROUPS = 4  # expert groups tried in one block
+MAX_SLOTS = 64  # routing slots K considered per token
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+# ------------------------------------------------------------------------------------------------ 1. experts
+
+
+@dataclass(frozen=True)
+class Bank:
+    """E experts of one template value: bindings[e] fills the holes of `tv` for expert e."""
+
+    tv: int
+    bindings: tuple[tuple[Piece, ...], ...]
+    stacked: bool  # labels follow from offsets inside stacked parameters
+
+    @property
+    def experts(self) -> int:
+        return len(self.bindings)
+
+
+def expert_groups(lifter: Lifter) -> list[frozenset[str]]:
+    """Sets of parameters that take each other's place in some template value: possible experts, deepest first."""
+    groups: dict[frozenset[str], tuple[int, int]] = {}
+    for tv, uses in lifter.uses.items():
+        linears = _depth(lifter, tv)
+        token_uses = [b for b, rows in uses.items() if lifter.rows[rows[0]].token is not None]
+        if linears == 0 or lifter.nodes[tv].width < 2 or len(token_uses) < 2:
+            continue
+        varying = [i for i in range(len(token_uses[0])) if len({b[i] for b in token_uses}) > 1]
+        names = frozenset(lifter.names[b[i][0]] for b in token_uses for i in varying)
+        rank = (linears, tv)
+        groups[names] = max(groups.get(names, rank), rank)
+    ordered = sorted(groups, key=lambda names: groups[names], reverse=True)
+    kept: list[frozenset[str]] = []
+    for names in ordered:  # a group that is part of a deeper one is a step on the way to it
+        if not any(names < other and groups[names][0] < groups[other][0] for other in kept):
+            kept.append(names)
+    return kept[:MAX_GROUPS]
+
+
+def _depth(lifter: Lifter, tv: int) -> int:
+    """Number of parameter products on the longest path of a template value."""
+    node = lifter.nodes[tv]
+    below = max((_depth(lifter, child) for child, _ in node.children), default=0)
+    return below + (node.kind == "linear")
+
+
+def banks(lifter: Lifter) -> list[Bank]:
+    """Every template value of at least two experts, the last ones of the computation first."""
+    found = []
+    for tv, uses in lifter.uses.items():
+        if _depth(lifter, tv) == 0 or lifter.nodes[tv].width < 2 or lifter.nodes[tv].kind == "gate":
+            continue
+        bindings = [b for b, rows in uses.items() if lifter.rows[rows[0]].token is not None]
+        if len(bindings) >= 2:
+            bank = _complete(lifter, tv, bindings)
+            if bank is not None:
+                found.append(bank)
+    return sorted(found, key=lambda b: (_depth(lifter, b.tv), b.tv), reverse=True)
+
+
+def _complete(lifter: Lifter, tv: int, seen: list[tuple[Piece, ...]]) -> Bank | None:
+    """All experts of a template value, the ones no token reached in this run included where stacks show them."""
+    positions = range(len(seen[0]))
+    varying = [i for i in positions if len({b[i] for b in seen}) > 1]
+    stacks = {i: _stack(lifter, [b[i] for b in seen]) for i in varying}
+    if any(s is not None for s in stacks.values()):
+        index = {}
+        for b in seen:
+            labels = {(b[i][1] - s[0]) // s[1] for i, s in stacks.items() if s is not None}
+            if len(labels) != 1:
+                return None
+            index[labels.pop()] = b
+        experts = min(s[2] for s in stacks.values() if s is not None)
+        if max(index) >= experts:
+            return None
+        if any(s is None for s in stacks.values()) and len(index) < experts:
+            return None  # some leaves are listed, and some experts were not reached
+        example = seen[0]
+        full = []
+        for e in range(experts):
+            pieces = list(index.get(e, example))
+            for i, s in stacks.items():
+                if s is not None:
+                    pieces[i] = (example[i][0], s[0] + e * s[1])
+            full.append(tuple(pieces))
+        return Bank(tv, tuple(full), True)
+    return Bank(tv, tuple(sorted(seen, key=lambda b: [b[i][0] for i in varying])), False)
+
+
+def _stack(lifter: Lifter, pieces: list[Piece]) -> tuple[int, int, int] | None:
+    """(first offset, expert stride, number of experts) of pieces stacked in one parameter; None when they are listed."""
+    params = {p for p, _ in pieces}
+    offsets = sorted({o for _, o in pieces})
+    if len(params) != 1 or len(offsets) < 2:
+        return None
+    stride = math.gcd(*(b - a for a, b in zip(offsets, offsets[1:])))
+    shape = lifter.tensors[params.pop()].shape
+    extents = [(math.prod(shape[a + 1 :]), math.prod(shape[a:])) for a in range(len(shape))]
+    for inner, outer in extents:  # the axis inside of which the experts are stacked
+        if inner <= stride and stride % inner == 0 and outer % stride == 0 and offsets[-1] // outer == offsets[0] // outer:
+            return offsets[0] % stride + offsets[0] // outer * outer, stride, outer // stride
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ the template, evaluated
+
+
+class Evaluator:
+    """Computes template values on token rows with the probe's parameters."""
+
+    def __init__(self, lifter: Lifter) -> None:
+        self.lifter = lifter
+        self.flat = [t.reshape(-1) for t in lifter.tensors]
+
+    def hole(self, piece: Piece, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        return self.flat[piece[0]].as_strided(shape, strides, piece[1])
+
+    def __call__(self, tv: int, binding: tuple[Piece, ...], x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        """f(x; binding) [T, width]; `weight` [T, 1] stands at the template's gate, if it has one."""
+        memo: dict[tuple[int, tuple[Piece, ...]], Any] = {}
+
+        def value(tv: int, binding: tuple[Piece, ...]) -> Any:
+            key = (tv, binding)
+            if key not in memo:
+                memo[key] = compute(self.lifter.nodes[tv], binding)
+            return memo[key]
+
+        def compute(node: Node, binding: tuple[Piece, ...]) -> Any:
+            children = [value(child, tuple(binding[i] for i in holes)) for child, holes in node.children]
+            if node.kind == "x":
+                return x
+            if node.kind == "linear":
+                contracted, stride, step = node.args
+                hole = self.hole(binding[-1], (contracted, node.width), (stride, step))
+                return children[0] @ hole.to(children[0].dtype)
+            if node.kind == "vector":
+                return self.hole(binding[0], (node.width,), (node.args[0],)).unsqueeze(0)
+            if node.kind == "columns":
+                start, step = node.args
+                return children[0][:, start : start + step * node.width : step]
+            if node.kind == "item":
+                return children[0][node.args[0]]
+            if node.kind == "gate":
+                return children[0] * weight
+            norm = "norm" in node.name.split(".")[1]
+            if norm:  # norm weights are vectors, not rows
+                children = [c if i == 0 else c.squeeze(0) for i, c in enumerate(children)]
+            op = torch.ops.aten
+            for part in node.name.split(".")[1:]:
+                op = getattr(op, part)
+            return op(*_fill(node.args, children), **{k: _fill(v, children) for k, v in node.kwargs})
+
+        return value(tv, binding)
+
+
+def _fill(args: Any, children: list[Any]) -> Any:
+    if isinstance(args, Child):
+        return children[args.index]
+    return [_fill(a, children) for a in args] if isinstance(args, tuple) else args
+
+
+def _gates(lifter: Lifter, tv: int) -> list[Node]:
+    node = lifter.nodes[tv]
+    below = [g for child, _ in node.children for g in _gates(lifter, child)]
+    return [node, *below] if node.kind == "gate" else below
+
+
+# ------------------------------------------------------------------------------------------------ 2. tokens
+
+
+def token_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[Value]:
+    """Recorded tensors that hold every row fed to the experts: the earliest of each number of rows, fewest first."""
+    width = _token_width(lifter, bank.tv)
+    hashes = lifter.token_hashes()
+    tokens = {lifter.rows[r].token for rows in lifter.uses[bank.tv].values() for r in rows} - {None, 0}
+    wanted = torch.tensor([hashes[t] for t in tokens if t is not None])
+    found: dict[int, Value] = {}
+    for value in trace.values:
+        if _is_rows(value, width) and not value.tainted and value.origin in ("input", "call"):
+            rows = value.tensor.reshape(-1, width)
+            if rows.shape[0] not in found and bool(torch.isin(wanted, hash_rows(rows)).all()):
+                found[rows.shape[0]] = value
+    return [found[n] for n in sorted(found)]
+
+
+def scaled_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[tuple[Value, Tensor]]:
+    """For weights on the input side: tensors of which every row fed to an expert is a multiple, and the factors G [T, E]."""
+    width = _token_width(lifter, bank.tv)
+    fed = {e: _rows_fed(trace, lifter, bank.tv, b, width) for e, b in enumerate(bank.bindings) if b in lifter.uses[bank.tv]}
+    found: list[tuple[Value, Tensor]] = []
+    for value in trace.values:
+        if not _is_rows(value, width) or value.tainted or value.origin not in ("input", "call") or value.tensor.numel() == 0:
+            continue
+        rows = value.tensor.reshape(-1, width)
+        if any(v.tensor.numel() == value.tensor.numel() for v, _ in found):
+            continue
+        factors = _factors(rows, fed, bank.experts)
+        if factors is not None and bool((factors != 1).any()):
+            found.append((value, factors))
+    return sorted(found, key=lambda pair: pair[0].tensor.numel())
+
+
+def _rows_fed(trace: Trace, lifter: Lifter, tv: int, binding: tuple[Piece, ...], width: int) -> Tensor:
+    hashes = lifter.token_hashes()
+    wanted = {hashes[t] for r in lifter.uses[tv][binding] if (t := lifter.rows[r].token)}
+    rows = []
+    for value in trace.values:
+        if wanted and _is_rows(value, width):
+            candidates = value.tensor.reshape(-1, width)
+            keys = hash_rows(candidates).tolist()
+            for i, key in enumerate(keys):
+                if key in wanted:
+                    wanted.discard(key)
+                    rows.append(candidates[i])
+    return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
+
+
+def _factors(base: Tensor, fed: dict[int, Tensor], experts: int) -> Tensor | None:
+    """G [T, E] with fed[e] = {G[t, e] * base[t]}; None when some row is no multiple of any base row."""
+    gates = torch.zeros(base.shape[0], experts, dtype=torch.float64)
+    norms = base.double().norm(dim=1).clamp_min(1e-300)
+    for e, rows in fed.items():
+        if rows.shape[0] == 0:
+            continue
+        cosine = (rows.double() @ base.double().T) / norms / rows.double().norm(dim=1, keepdim=True).clamp_min(1e-300)
+        best = cosine.abs().argmax(1)
+        factor = (rows.double() * base[best].double()).sum(1) / norms[best] ** 2
+        if not torch.allclose(factor[:, None] * base[best].double(), rows.double(), rtol=1e-6, atol=1e-9):
+            return None
+        gates[best, e] = factor
+    return gates
+
+
+def _is_rows(value: Value, width: int) -> bool:
+    return value.tensor.is_floating_point() and value.tensor.dim() >= 1 and value.shape[-1] == width
+
+
+def _token_width(lifter: Lifter, tv: int) -> int:
+    node = lifter.nodes[tv]
+    if node.kind == "x":
+        return node.width
+    return next((w for child, _ in node.children if (w := _token_width(lifter, child))), 0)
+
+
+# ------------------------------------------------------------------------------------------------ 3. gates
+
+
+@dataclass(frozen=True)
+class Solution:
+    """combined = sum_e gates[:, e] * f_e(x) + identity * x, up to `residual` (relative)."""
+
+    combined: Value
+    gates: Tensor
+    identity: Tensor | None
+    residual: float
+
+
+def solve_gates(trace: Trace, outputs: Tensor, x: Tensor, width: int, redraw: Callable[[Value], list[tuple[Tensor, Tensor]]]) -> list[Solution]:
+    """Least squares for every recorded tensor of T rows that depends on the experts.
+
+    outputs [T, E, d_out]: every expert on every token. redraw(value): further (outputs, value) pairs for other expert
+    parameters under the same routing, asked for when d_out equations a token do not determine E gates.
+    """
+    solutions = []
+    count, experts = outputs.shape[0], outputs.shape[1]
+    for value in trace.values:
+        if not value.tainted or not _is_rows(value, width) or value.tensor.numel() != count * width:
+            continue
+        for identity in (False, True) if x.shape[1] == width else (False,):
+            solved = _least_squares(outputs, value.tensor.reshape(count, width), x if identity else None, lambda v=value: redraw(v))
+            if solved is None:
+                continue
+            gates, residual = solved
+            if residual <= TOLERANCE.get(value.tensor.dtype, 1e-6) and bool(torch.isfinite(gates).all()):
+                extra = gates[:, experts] if identity else None
+                solutions.append(Solution(value, gates[:, :experts], extra, residual))
+                break
+    filled = [int((s.gates.abs() > _zero(s.gates)).sum()) for s in solutions]
+    return [s for _, s in sorted(zip(filled, solutions), key=lambda p: (-p[0], p[1].combined.index))]
+
+
+def _least_squares(
+    outputs: Tensor, y: Tensor, x: Tensor | None, more: Callable[[], list[tuple[Tensor, Tensor]]]
+) -> tuple[Tensor, float] | None:
+    """G [T, E(+1)] minimising |y - sum G f|, and the relative residual."""
+    pairs = [(outputs, y)]
+    unknowns = outputs.shape[1] + (x is not None)
+    if y.shape[1] < unknowns + 2:
+        pairs += more()
+    system = torch.cat([f if x is None else torch.cat([f, x[:, None].to(f.dtype)], 1) for f, _ in pairs], 2)
+    target = torch.cat([t for _, t in pairs], 1).double()
+    system = system.double().transpose(1, 2)  # [T, equations, unknowns]
+    if system.shape[1] < unknowns + 2 or not bool(torch.isfinite(target).all()):
+        return None
+    normal = system.transpose(1, 2) @ system
+    scale = normal.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
+    normal = normal * scale[:, :, None] * scale[:, None, :]
+    right = (system.transpose(1, 2) @ target[..., None]).squeeze(-1) * scale
+    gates = torch.linalg.solve_ex(normal, right)[0]
+    gates = gates + torch.linalg.solve_ex(normal, right - (normal @ gates[..., None]).squeeze(-1))[0]  # one refinement
+    gates = gates * scale
+    error = (system @ gates[..., None]).squeeze(-1) - target
+    return gates, float(error.norm() / target.norm().clamp_min(1e-300))
+
+
+def _zero(gates: Tensor) -> float:
+    """Below this a gate is zero."""
+    return 1e-5 * float(gates.abs().max()) if gates.numel() else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ 4. routing
+
+
+def explanations(trace: Trace, gates: Tensor, identity: Tensor | None, bank: Bank, before: int) -> Iterator[Routing]:
+    """Router values that reproduce G [T, E] (and the identity part), the simplest and outermost first.
+
+    before: only Values recorded earlier than this one may explain it.
+    """
+    tokens, experts = gates.shape
+    if tokens == 0 or not bool(gates.abs().max() > 0):
+        return
+    depth = _visible_depth(trace)
+    router = [v for v in trace.values if not v.tainted and v.index < before and v.origin in ("input", "call") and v.tensor.numel()]
+    router.sort(key=lambda v: (depth.get(v, 0), v.index))
+    floats = [v for v in router if v.tensor.is_floating_point()]
+    integers = [v for v in router if not v.tensor.is_floating_point() and not v.tensor.is_complex() and v.tensor.dtype != torch.bool]
+    support = gates.abs() > _zero(gates)
+    for ids in integers:
+        if ids.tensor.numel() % tokens or not 1 <= ids.tensor.numel() // tokens <= MAX_SLOTS:
+            continue
+        k = ids.tensor.numel() // tokens
+        for transposed in (False, True) if k > 1 else (False,):
+            if transposed != (ids.shape[0] == k and ids.shape[-1] != k) and k > 1:
+                continue
+            labels = slots(ids.tensor, k, transposed).long()
+            if int(labels.min()) < 0 and identity is not None:
+                continue
+            order = _label_order(labels, support, bank)
+            if order is None:
+                continue
+            yield from _weights_for(labels, order, gates, identity, ids, k, transposed, floats)
+    yield from _dense(gates, identity, support, bank, [*floats, *(v for v in router if v.tensor.dtype == torch.bool)])
+    yield from _expert_choice(gates, identity, integers, floats, bank)
+
+
+def _label_order(labels: Tensor, support: Tensor, bank: Bank) -> tuple[int, ...] | None:
+    """The expert that each router label means; None when the labels do not cover the support of G."""
+    experts = bank.experts
+    width = max(int(labels.max()) + 1, experts)
+    hit = torch.zeros(labels.shape[0], width + 1, dtype=torch.bool)
+    hit.scatter_(1, labels.clamp(-1, width - 1) % (width + 1), True)
+    hit = hit[:, :width]
+    if bool((support <= hit[:, :experts]).all()):
+        return tuple(range(experts))
+    if bank.stacked:
+        return None
+    order = []
+    for label in range(width):
+        overlap = (support & hit[:, label : label + 1]).sum(0) - (support & ~hit[:, label : label + 1]).sum(0)
+        overlap = torch.where(support.any(0), overlap, -1)
+        best = int(overlap.argmax())
+        order.append(best if int(overlap[best]) > 0 else -1)
+    used = [e for e in order if e >= 0]
+    return tuple(order) if len(set(used)) == len(used) and set(used) >= set(torch.nonzero(support.any(0)).flatten().tolist()) else None
+
+
+def gate_matrix(labels: Tensor, weights: Tensor, order: tuple[int, ...], experts: int) -> tuple[Tensor, Tensor]:
+    """(G [T, E], weight on labels outside [0, E) summed per token) for ids and weights [T, K]."""
+    meaning = torch.tensor([*(e if e >= 0 else experts for e in order), experts])
+    inside = (labels >= 0) & (labels < len(order))
+    columns = meaning[torch.where(inside, labels, len(order))]
+    gates = torch.zeros(labels.shape[0], experts + 1, dtype=torch.float64).scatter_add_(1, columns, weights.double())
+    return gates[:, :experts], gates[:, experts]
+
+
+def _weights_for(
+    labels: Tensor, order: tuple[int, ...], gates: Tensor, identity: Tensor | None, ids: Value, k: int, transposed: bool, floats: list[Value]
+) -> Iterator[Routing]:
+    tokens, experts = gates.shape
+    kept = None if order == tuple(range(experts)) else order
+    base = Routing("slots", k, ids, None, ids_transposed=transposed, order=kept)
+    for w in floats:
+        if w.tensor.numel() == tokens * k:
+            if (scale := _agrees(*gate_matrix(labels, slots(w.tensor, k, transposed), order, experts), gates, identity)) is not None:
+                yield replace(base, w=w, scale=scale)
+    for w in floats:
+        if w.tensor.dim() >= 2 and w.tensor.numel() == tokens * w.shape[-1] and int(labels.max()) < w.shape[-1] and int(labels.min()) >= 0:
+            taken = w.tensor.reshape(tokens, -1).gather(1, labels)
+            if w.shape[-1] >= experts and (scale := _agrees(*gate_matrix(labels, taken, order, experts), gates, identity)) is not None:
+                yield replace(base, kind="gather", w=w, scale=scale)
+    ones = torch.ones(labels.shape, dtype=torch.float64)
+    if (scale := _agrees(*gate_matrix(labels, ones, order, experts), gates, identity)) is not None:
+        yield replace(base, scale=scale)
+
+
+def _agrees(made: Tensor, passed: Tensor, gates: Tensor, identity: Tensor | None) -> float | None:
+    """The scale c with c * made == gates (1 if possible), or None."""
+    largest = float(gates.abs().max())
+    close = {"rtol": 1e-4, "atol": 1e-5 * largest}
+    scale = 1.0
+    if not torch.allclose(made, gates, **close):
+        if float(made.abs().max()) == 0:
+            return None
+        scale = float((made * gates).sum() / (made * made).sum())
+        if not math.isfinite(scale) or scale == 0 or not torch.allclose(scale * made, gates, **close):
+            return None
+        scale = float(f"{scale:.6g}") if math.isclose(scale, float(f"{scale:.6g}"), rel_tol=1e-7) else scale
+    if identity is not None and not torch.allclose(scale * passed, identity, rtol=1e-4, atol=1e-5 * largest):
+        return None
+    return scale
+
+
+def _dense(gates: Tensor, identity: Tensor | None, support: Tensor, bank: Bank, candidates: list[Value]) -> Iterator[Routing]:
+    tokens, experts = gates.shape
+    if identity is not None or float(support.float().mean()) > 0.95:
+        return
+    for w in candidates:
+        if w.tensor.numel() % (tokens * experts):
+            continue
+        for axis in range(w.tensor.dim()):
+            if w.shape[axis] < experts:
+                continue
+            made = dense_gates(w.tensor, axis, tokens)
+            if made is None:
+                continue
+            order = _column_order(made.double(), gates, bank)
+            if order is not None:
+                scale = _agrees(made[:, list(order)].double(), torch.zeros(tokens), gates, None)
+                if scale is not None:
+                    kept = None if order == tuple(range(made.shape[1])) else order
+                    most = int(support.sum(1).max())
+                    yield Routing("dense", most, None, w, scale, axis=axis - w.tensor.dim(), order=kept)
+
+
+def _column_order(made: Tensor, gates: Tensor, bank: Bank) -> tuple[int, ...] | None:
+    """For each expert the column of `made` that is its gate."""
+    experts = gates.shape[1]
+    if bank.stacked or made.shape[1] == experts and _agrees(made, torch.zeros(len(made)), gates, None) is not None:
+        return tuple(range(experts))
+    order = []
+    for e in range(experts):
+        matches = [c for c in range(made.shape[1]) if torch.allclose(made[:, c], gates[:, e], rtol=1e-4, atol=_zero(gates))]
+        if not matches:
+            return None
+        order.append(matches[0])
+    return tuple(order) if len(set(order)) == experts else None
+
+
+def _expert_choice(gates: Tensor, identity: Tensor | None, integers: list[Value], floats: list[Value], bank: Bank) -> Iterator[Routing]:
+    tokens, experts = gates.shape
+    for ids in integers:
+        t = ids.tensor
+        if identity is not None or t.dim() < 2 or t.numel() % experts or int(t.max()) >= tokens or int(t.min()) < 0:
+            continue
+        for axis in (0, t.dim() - 1):
+            if t.shape[axis] != experts:
+                continue
+            chosen = t.movedim(axis, 0).reshape(experts, -1).long()
+            if chosen.shape[1] > tokens:
+                continue
+            for w in [*floats, None]:
+                if w is not None and w.shape != ids.shape:
+                    continue
+                weights = torch.ones(chosen.shape) if w is None else w.tensor.movedim(axis, 0).reshape(experts, -1)
+                made = torch.zeros(experts, tokens, dtype=torch.float64).scatter_add_(1, chosen, weights.double()).t()
+                if (scale := _agrees(made, torch.zeros(tokens), gates, None)) is not None:
+                    yield Routing("choice", chosen.shape[1], ids, w, scale, axis=axis)
+
+
+def _visible_depth(trace: Trace) -> dict[Value, int]:
+    """How many module calls deep a Value is visible: 0 when the block's own forward can name it."""
+    depth: dict[Value, int] = {}
+    for call in trace.calls:
+        for v in call.makes():
+            depth[v] = min(depth.get(v, len(call.scope)), len(call.scope))
+    for module_call in trace.module_calls:
+        for v in values_in(module_call.result):
+            depth[v] = min(depth.get(v, len(module_call.scope)), len(module_call.scope))
+    return depth
+
+
+# ------------------------------------------------------------------------------------------------ the template, written down
+
+
+def write_template(lifter: Lifter, bank: Bank) -> tuple[Template, tuple[Leaf, ...]]:
+    """The template value as a program, and its holes as leaves for all experts."""
+    instrs: list[Instr] = []
+    leaves: list[Leaf] = []
+    written: dict[Any, Ref] = {}
+    leaf_of: dict[Any, int] = {}
+
+    def leaf(position: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> LeafRef:
+        key = (position, shape, strides)
+        if key not in leaf_of:
+            leaf_of[key] = len(leaves)
+            pieces = [b[position] for b in bank.bindings]
+            leaves.append(Leaf(shape, strides, tuple(lifter.names[p] for p, _ in pieces), tuple(o for _, o in pieces)))
+        return LeafRef(leaf_of[key])
+
+    def emit(instr: Instr) -> Ref:
+        instrs.append(instr)
+        return Ref(len(instrs) - 1)
+
+    def visit(tv: int, holes: tuple[int, ...]) -> Ref | LeafRef:
+        key = (tv, holes)
+        if key in written:
+            return written[key]
+        node = lifter.nodes[tv]
+        if node.kind == "vector":
+            return leaf(holes[0], (node.width,), (node.args[0],))
+        children = [visit(child, tuple(holes[i] for i in inner)) for child, inner in node.children]
+        if node.kind == "gate":
+            ref = children[0]
+        elif node.kind == "x":
+            ref = emit(Instr("x", width=node.width))
+        elif node.kind == "linear":
+            contracted, stride, step = node.args
+            hole = leaf(holes[-1], (contracted, node.width), (stride, step))
+            ref = emit(Instr("linear", args=(children[0], hole), width=node.width))
+        elif node.kind == "columns":
+            start, step = node.args
+            ref = emit(Instr("columns", args=(children[0], start, start + step * (node.width - 1) + 1, step), width=node.width))
+        elif node.kind == "item":
+            ref = emit(Instr("item", args=(children[0], node.args[0]), width=node.width))
+        else:
+            kwargs = tuple((k, "model" if v is torch.float64 else _written(v, children)) for k, v in node.kwargs)
+            ref = emit(Instr("op", node.name, _written(node.args, children), kwargs, node.width))
+        written[key] = ref  # type: ignore[assignment]
+        return ref
+
+    visit(bank.tv, tuple(range(len(bank.bindings[0]))))
+    return Template(tuple(instrs)), tuple(leaves)
+
+
+def _written(args: Any, children: list[Any]) -> Any:
+    if isinstance(args, Child):
+        return children[args.index]
+    return tuple(_written(a, children) for a in args) if isinstance(args, tuple) else args
+
+
+def _layout(leaves: tuple[Leaf, ...]) -> str:
+    """One line about where the experts' matrices live."""
+    matrices = [leaf for leaf in leaves if len(leaf.shape) == 2]
+    vectors = [leaf for leaf in leaves if len(leaf.shape) == 1 and not leaf.shared]
+    stacked = all(leaf.stacked for leaf in matrices)
+    names = {leaf.params[0] for leaf in matrices}
+    orientation = {"[E, in, out]" if leaf.strides[0] > leaf.strides[1] else "[E, out, in]" for leaf in matrices}
+    words = ["stacked" if stacked else "one module each", f"{len(matrices)} matrices in {len(names)} parameters", *sorted(orientation)]
+    if any(leaf.strides[-1] == 2 or 2 in leaf.strides for leaf in matrices):
+        words.append("interleaved")
+    return ", ".join([*words, "with biases" if vectors else "no biases"])
+
+
+# ------------------------------------------------------------------------------------------------ all together
+
+
+def hypotheses(
+    trace: Trace, lifter: Lifter, redraw: Callable[[int], Trace | None], near: list[str]
+) -> Iterator[Hypothesis]:
+    """Everything the routed part may be, likeliest first. `near` collects why candidates failed.
+
+    redraw(seed): the trace of the same run with other expert parameters, for blocks with more experts than outputs.
+    """
+    evaluate = Evaluator(lifter)
+    for bank in banks(lifter)[:6]:
+        what = f"{bank.experts} experts of {_depth(lifter, bank.tv)} products"
+        template, leaves = write_template(lifter, bank)
+        if not any(len(leaf.shape) == 2 and not leaf.shared for leaf in leaves):
+            near.append(f"{what}: the varying parameters are not matrices")
+            continue
+        yield from _output_side(trace, lifter, evaluate, bank, template, leaves, redraw, near, what)
+        yield from _input_side(trace, lifter, evaluate, bank, template, leaves, near, what)
+
+
+def _region(lifter: Lifter, bank: Bank, template: Template, leaves: tuple[Leaf, ...], routing: Routing, **more: Any) -> Region:
+    matrices = [leaf.shape for leaf in leaves if len(leaf.shape) == 2 and not leaf.shared]
+    width = lifter.nodes[bank.tv].width
+    hidden = matrices[0][1] if len(matrices) > 1 else width
+    return Region(
+        bank.experts, routing.top_k, _token_width(lifter, bank.tv), width, hidden, template, leaves,
+        routing=str(routing), layout=_layout(leaves), **more,
+    )  # fmt: skip
+
+
+def _output_side(
+    trace: Trace, lifter: Lifter, evaluate: Evaluator, bank: Bank, template: Template, leaves: tuple[Leaf, ...],
+    redraw: Callable[[int], Trace | None], near: list[str], what: str,
+) -> Iterator[Hypothesis]:  # fmt: skip
+    """Weights on f's result (or inside f, where f is linear in them)."""
+    width = lifter.nodes[bank.tv].width
+    bases = token_bases(trace, lifter, bank)
+    if not bases:
+        near.append(f"{what}: no recorded tensor holds all rows that the experts read")
+    for base in bases:
+        x = base.tensor.reshape(-1, base.shape[-1])
+        if _gates(lifter, bank.tv) and not _linear_in_weight(evaluate, bank, x):
+            near.append(f"{what}: the routing weight enters before a non-linear step")
+            return
+        outputs = torch.stack([evaluate(bank.tv, b, x) for b in bank.bindings], 1)
+        further: dict[int, list[tuple[Tensor, Trace]]] = {}
+
+        def more(value: Value, x: Tensor = x, further: dict[int, list[tuple[Tensor, Trace]]] = further) -> list[tuple[Tensor, Tensor]]:
+            if 0 not in further:
+                need = -(-2 * (bank.experts + 2) // max(width, 1))
+                further[0] = []
+                for seed in range(1, min(need, 12) + 1):
+                    again = redraw(seed)
+                    if again is not None and len(again.values) == len(trace.values):
+                        again_outputs = torch.stack([evaluate(bank.tv, b, x) for b in bank.bindings], 1)
+                        further[0].append((again_outputs, again))
+                redraw(0)  # the first parameters again
+            rows = x.shape[0]
+            return [
+                (f, t.values[value.index].tensor.reshape(rows, width)) for f, t in further[0] if t.values[value.index].shape == value.shape
+            ]
+
+        solutions = solve_gates(trace, outputs, x, width, more)
+        if not solutions:
+            near.append(f"{what}: no tensor of {x.shape[0]} rows is a weighted sum of expert outputs")
+        for solution in solutions[:12]:
+            support = solution.gates.abs() > _zero(solution.gates)
+            explained = False
+            for routing in explanations(trace, solution.gates, solution.identity, bank, solution.combined.index):
+                if routing.kind in ("slots", "gather") and routing.top_k >= bank.experts and bool(support.all()):
+                    continue
+                explained = True
+                region = _region(lifter, bank, template, leaves, routing, identity=solution.identity is not None)
+                yield Hypothesis(trace, region, base, routing, solution.combined, solution.residual)
+            if not explained:
+                dense = float(support.float().mean()) > 0.95
+                near.append(
+                    f"{what}: every expert weighs every token (a dense mixture, nothing to route)"
+                    if dense else f"{what}: residual {solution.residual:.1e}, but no router value explains the gates"
+                )  # fmt: skip
+
+
+def _linear_in_weight(evaluate: Evaluator, bank: Bank, x: Tensor) -> bool:
+    once, twice = (evaluate(bank.tv, bank.bindings[0], x, w) for w in (1.0, 2.0))
+    return torch.allclose(2 * once, twice, rtol=1e-6, atol=1e-9 * float(once.abs().max()))
+
+
+def _input_side(
+    trace: Trace, lifter: Lifter, evaluate: Evaluator, bank: Bank, template: Template, leaves: tuple[Leaf, ...], near: list[str], what: str
+) -> Iterator[Hypothesis]:
+    """Weights on the experts' input: y[t] = sum_e f(G[t,e] * x_t; theta_e)."""
+    width = lifter.nodes[bank.tv].width
+    if _gates(lifter, bank.tv):
+        return
+    for base, gates in scaled_bases(trace, lifter, bank):
+        x = base.tensor.reshape(-1, base.shape[-1]).double()
+        total = torch.zeros(x.shape[0], width, dtype=torch.float64)
+        for e, binding in enumerate(bank.bindings):
+            column = gates[:, e : e + 1]
+            total += torch.where(column != 0, evaluate(bank.tv, binding, (column * x).to(base.tensor.dtype)).double(), 0.0)
+        for value in trace.values:
+            if value.tainted and _is_rows(value, width) and value.tensor.numel() == total.numel():
+                y = value.tensor.reshape(total.shape).double()
+                residual = float((y - total).norm() / total.norm().clamp_min(1e-300))
+                if residual > TOLERANCE.get(value.tensor.dtype, 1e-6):
+                    continue
+                for routing in explanations(trace, gates, None, bank, value.index):
+                    region = _region(lifter, bank, template, leaves, routing, weight_position="input")
+                    yield Hypothesis(trace, region, base, routing, value, residual)
+    near.append(f"{what}: nor are weights found on the input side")
+
+
+def unreached(module: nn.Module, bank_params: frozenset[str]) -> list[str]:
+    """Parameters shaped like the experts' that no template uses: experts which no token reached, perhaps."""
+    shapes = {tuple(module.get_parameter(n).shape) for n in bank_params}
+    return [n for n, p in module.named_parameters() if n not in bank_params and tuple(p.shape) in shapes]
+
+
+def side_effects(trace: Trace) -> None:
+    """Raises Decline for what a replay cannot keep."""
+    before = [v for v in trace.inputs if isinstance(v, Value)]
+    for old, new in zip(before, trace.inputs_after):
+        if old is not new:
+            raise Decline("the block changes its input in place, which a rewritten block would not do at the same moment")
+    if any(v.tensor.is_complex() for v in before):
+        raise Decline("the block takes complex inputs")
+
+
+__all__ = ["Hypothesis", "Lifter", "Routing", "expert_groups", "hypotheses", "side_effects", "unreached"]

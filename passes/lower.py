@@ -1,0 +1,324 @@
+"""lower: tasks in lanes become launches with events and value lifetimes.
+
+Names in a plan: v{i} is template value i (v of the `x` instruction: the gathered rows), g{i} its gradient,
+leaf{i} / dleaf{i} a leaf of all experts [E, ...] and its gradient, rows{i} / grows{i} a vector leaf spread over the
+rows [R, n] and its gradient. With several chunks every name of chunk c ends in `_c`.
+
+Saved for backward are x, w, the routing and the values which segments read (pre-activations), and the result h where
+the routing weights need it. Gathered rows and segment results are made again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moefx.errors import PlanError
+from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph, issue_order
+from moefx.segments import Linear, Segment, steps, x_value
+
+# ------------------------------------------------------------------------------------------------ launches of a chunk
+
+
+@dataclass
+class _Chunk:
+    """Builds the launches of one chunk, task by task. `_` as an out is a value that nobody needs."""
+
+    region: Region
+    chunk: int
+    degree: int
+    launches: dict[str, list[Launch]] = field(default_factory=dict)
+
+    def name(self, base: str) -> str:
+        return base if self.degree == 1 else f"{base}_{self.chunk}"
+
+    def names(self, bases: Iterable[str]) -> tuple[str, ...]:
+        return tuple(self.name(b) for b in bases)
+
+    def launch(self, kind: str, op: str, outs: Iterable[str], args: Iterable[Any]) -> None:
+        task = f"{kind}_{self.chunk}"
+        outs = tuple("_" if out == "_" else self.name(out) for out in outs)
+        self.launches.setdefault(task, []).append(Launch(task, "", op, outs, tuple(args)))
+
+    def slices(self, kind: str, tensors: Iterable[str]) -> None:
+        """This chunk's tokens of whole tensors."""
+        if self.degree > 1:
+            for tensor in tensors:
+                self.launch(kind, "slice", (tensor,), (tensor, self.chunk))
+
+    def gather(self, kind: str) -> None:
+        w = self.name("w") if self.region.weight_position == "input" else None
+        rows = f"v{x_value(self.region.template)}"
+        args = (self.name("x"), self.name("order"), self.region.top_k, self.name("offsets"), w)
+        self.launch(kind, "gather_rows", (rows,), args)
+
+    def offsets_of(self, leaf: int) -> str:
+        """Where the rows of each member of a leaf end; a shared leaf has one member with all rows."""
+        offsets = self.name("offsets")
+        return f"{offsets}[::{self.region.experts}].contiguous()" if self.region.leaves[leaf].shared else offsets
+
+    def segment(self, kind: str, step: Segment, held: str) -> None:
+        """Runs a segment; `held` is a value with one row per routed row."""
+        for leaf in step.leaves:
+            args = (f"leaf{leaf}", self.offsets_of(leaf), f"{self.name(held)}.shape[0]")
+            self.launch(kind, "expert_rows", (f"rows{leaf}",), args)
+        self.launch(kind, step.name, (f"v{i}" for i in step.outputs), self.names(_segment_args(step)))
+
+
+def _segment_args(step: Segment) -> list[str]:
+    return [f"v{i}" for i in step.inputs] + [f"rows{i}" for i in step.leaves]
+
+
+def _result(region: Region) -> int:
+    return len(region.template.instrs) - 1
+
+
+def _needs_h(region: Region) -> bool:
+    """The gradient of routing weights on the output is <gy, h>."""
+    return region.weight_position == "output"
+
+
+def _saved_of_chunk(region: Region) -> list[str]:
+    """Base names of what one chunk's forward saves."""
+    values = {i for step in steps(region.template) if isinstance(step, Segment) for i in step.inputs}
+    if _needs_h(region) and region.template.instrs[_result(region)].kind == "linear":
+        values.add(_result(region))
+    values.discard(x_value(region.template))
+    return ["order", "offsets", "position", *(f"v{i}" for i in sorted(values))]
+
+
+def _saved(region: Region, degree: int) -> tuple[str, ...]:
+    chunks = [_Chunk(region, c, degree) for c in range(degree)]
+    return ("x", "w", *(name for chunk in chunks for name in chunk.names(_saved_of_chunk(region))))
+
+
+def _forward(chunk: _Chunk) -> None:
+    region = chunk.region
+    routing = ("order", "offsets", "position")
+    chunk.slices("route", ("x", "ids", "w"))
+    chunk.launch("route", "route", routing, (chunk.name("ids"), region.experts))
+    chunk.gather("dispatch")
+    rows = f"v{x_value(region.template)}"
+    for step in steps(region.template):
+        if isinstance(step, Linear):
+            args = (chunk.name(f"v{step.rows}"), f"leaf{step.leaf}", chunk.offsets_of(step.leaf))
+            chunk.launch("experts", "grouped_linear", (f"v{step.value}",), args)
+        else:
+            chunk.segment("experts", step, rows)
+    w = chunk.name("w") if _needs_h(region) else None
+    made = "routed" if region.identity else "y"
+    args_h = (chunk.name(f"v{_result(region)}"), chunk.name("position"), w, "x.dtype")
+    chunk.launch("combine", "combine", (made,), args_h)
+    if region.identity:
+        chunk.launch("combine", "identity_add", ("y",), chunk.names(("routed", "x", "position", "w")))
+
+
+@dataclass
+class _Gradients:
+    """Collects what flows back into each value and each leaf of a chunk."""
+
+    chunk: _Chunk
+    consumers: dict[int, int]
+    parts: dict[int, list[str]] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
+
+    def part(self, value: int) -> str:
+        """Base name for the next contribution to the gradient of `value`."""
+        have = self.parts.setdefault(value, [])
+        have.append(f"g{value}" if self.consumers[value] == 1 else f"g{value}{'abcdefghijklmnopqrstuvwxyz'[len(have)]}")
+        return have[-1]
+
+    def total(self, value: int) -> str:
+        """The name of the summed gradient of `value`."""
+        parts = self.parts[value]
+        if len(parts) > 1:
+            self.chunk.launch("d_experts", "add", (f"g{value}",), self.chunk.names(parts))
+        return self.chunk.name(f"g{value}")
+
+    def into_leaf(self, leaf: int, op: str, *values: str) -> None:
+        """Adds to a leaf's gradient; the first chunk's first contribution writes."""
+        first = self.chunk.chunk == 0 and leaf not in self.written
+        self.written.add(leaf)
+        args = (*values, self.chunk.offsets_of(leaf), f"dleaf{leaf}")
+        self.chunk.launch("w_experts", op if first else f"{op}_add", (), args)
+
+
+def _consumers(region: Region) -> dict[int, int]:
+    """How many steps read each value; the result is read by combine as well."""
+    count = dict.fromkeys(range(len(region.template.instrs)), 0)
+    count[_result(region)] = 1
+    for step in steps(region.template):
+        for value in step.inputs if isinstance(step, Segment) else (step.rows,):
+            count[value] += 1
+    return count
+
+
+def _backward(chunk: _Chunk) -> None:
+    region, program = chunk.region, steps(chunk.region.template)
+    x_rows, result = x_value(region.template), _result(region)
+    remade = {f"v{step.rows}" for step in program if isinstance(step, Linear)}.difference(_saved_of_chunk(region))
+    gradients = _Gradients(chunk, _consumers(region))
+    if not gradients.consumers[x_rows]:
+        raise PlanError(f"the expert template does not read the token rows:\n{region.template}")
+
+    chunk.slices("d_combine", ("gy", "x", "w"))
+    chunk.gather("d_combine")
+    spread: set[int] = set()  # segments whose vector leaves are spread already
+    last = program[-1] if program else None
+    if _needs_h(region):
+        if isinstance(last, Segment):
+            chunk.segment("d_combine", last, f"v{x_rows}")
+            spread.add(len(program) - 1)
+        args_h = chunk.names(("gy", f"v{result}", "order", "position", "offsets", "w"))
+        gw = "gw_h" if region.identity else "gw"
+        chunk.launch("d_combine", "combine_backward", (gradients.part(result), gw), args_h)
+    else:
+        args_g = (chunk.name("gy"), chunk.name("order"), region.top_k, chunk.name("offsets"), None)
+        chunk.launch("d_combine", "gather_rows", (gradients.part(result),), args_g)
+
+    for n, step in reversed(list(enumerate(program))):
+        if isinstance(step, Linear):
+            g = gradients.total(step.value)
+            args = (g, f"leaf{step.leaf}.transpose(1, 2)", chunk.offsets_of(step.leaf))
+            chunk.launch("d_experts", "grouped_linear", (gradients.part(step.rows),), args)
+            gradients.into_leaf(step.leaf, "grouped_wgrad", chunk.name(f"v{step.rows}"), g)
+            continue
+        gs = [gradients.total(value) for value in step.outputs]
+        if n not in spread:
+            for leaf in step.leaves:
+                args_r = (f"leaf{leaf}", chunk.offsets_of(leaf), f"{chunk.name(f'v{x_rows}')}.shape[0]")
+                chunk.launch("d_experts", "expert_rows", (f"rows{leaf}",), args_r)
+        again = [f"v{i}" if f"v{i}" in remade else "_" for i in step.outputs]
+        outs = [*again, *(gradients.part(i) for i in step.inputs), *(f"grows{i}" for i in step.leaves)]
+        chunk.launch("d_experts", f"{step.name}_vjp", outs, (*chunk.names(_segment_args(step)), *gs))
+        for leaf in step.leaves:
+            gradients.into_leaf(leaf, "expert_sum_into", chunk.name(f"grows{leaf}"))
+
+    parts = gradients.parts[x_rows]
+    if len(parts) > 1:
+        chunk.launch("d_dispatch", "add", (f"g{x_rows}",), chunk.names(parts))
+    gx, gw = ("gx_rows", "gw_h") if region.identity else ("gx", "gw")
+    w = None if _needs_h(region) else chunk.name("w")
+    args_x = (*chunk.names((f"g{x_rows}", "x", "position", "order", "offsets")), w)
+    chunk.launch("d_dispatch", "rows_backward", (gx, "_" if _needs_h(region) else gw), args_x)
+    if region.identity:
+        chunk.launch("d_dispatch", "identity_backward", ("gx_id", "gw_id"), chunk.names(("gy", "x", "position", "w")))
+        chunk.launch("d_dispatch", "add", ("gx",), chunk.names(("gx_rows", "gx_id")))
+        chunk.launch("d_dispatch", "add", ("gw",), chunk.names(("gw_h", "gw_id")))
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
+    """The launches of a scheduled task graph, with events between lanes and the lifetime of every value."""
+    forward = graph.phase == "forward"
+    by_task: dict[str, list[Launch]] = {}
+    for c in range(graph.degree):
+        chunk = _Chunk(region, c, graph.degree)
+        (_forward if forward else _backward)(chunk)
+        by_task.update(chunk.launches)
+
+    lanes = tuple(lane for lane, _ in schedule.lanes)
+    launches = [replace(x, lane=lane) for lane, task in issue_order(schedule, graph) for x in by_task[task]]
+    launches = _with_events(launches, graph, schedule)
+    outputs = ("y",) if forward else ("gx", "gw")
+    saved = _saved(region, graph.degree) if forward else ()
+    leaves = tuple(f"leaf{i}" for i in range(len(region.leaves)))
+    if len(lanes) > 1:
+        launches.append(Launch("join", lanes[0], "join", (), ()))
+    if graph.degree > 1:
+        parts = [tuple(f"{out}_{c}" for c in range(graph.degree)) for out in outputs]
+        launches += [Launch("join", lanes[0], "cat", (out,), args) for out, args in zip(outputs, parts)]
+    if not forward:
+        launches = _guarded(launches)
+    launches = _with_uses(launches, keep={*outputs, *saved}, home=lanes[0])
+    launches = _with_frees(launches, keep={*outputs, *saved})
+    inputs = ("x", "ids", "w", *leaves)
+    if not forward:
+        inputs = (*_saved(region, graph.degree), "gy", *leaves, *(f"d{leaf}" for leaf in leaves))
+    plan = Plan(graph.phase, graph.degree, lanes, inputs, outputs, saved, tuple(launches))
+    check(plan)
+    return plan
+
+
+def values_of(launch: Launch) -> list[str]:
+    """Names of the values that a launch reads."""
+    expressions = [a for a in launch.args if isinstance(a, str)]
+    return [re.match(r"\w+", a).group() for a in expressions]  # type: ignore[union-attr]
+
+
+def _with_events(launches: list[Launch], graph: TaskGraph, schedule: Schedule) -> list[Launch]:
+    """A task waits for its dependencies on other lanes before its first launch; those are recorded after their last."""
+    lane = {task: name for name, tasks in schedule.lanes for task in tasks}
+    waits = {t.name: tuple(d for d in t.deps if lane[d] != lane[t.name]) for t in graph.tasks}
+    awaited = {d for deps in waits.values() for d in deps}
+    first = {x.task: n for n, x in reversed(list(enumerate(launches)))}
+    last = {x.task: n for n, x in enumerate(launches)}
+    return [
+        replace(
+            x,
+            waits=waits[x.task] if n == first[x.task] else (),
+            records=x.task if n == last[x.task] and x.task in awaited else "",
+        )
+        for n, x in enumerate(launches)
+    ]
+
+
+def _with_uses(launches: list[Launch], keep: set[str], home: str) -> list[Launch]:
+    """Names, at each task's first launch, the values of other lanes that its lane holds from there on.
+
+    An allocator that reuses memory stream by stream has to know. What outlives the plan is held by the lane `home`.
+    """
+    made = {out: x.lane for x in launches if x.op != "slice" for out in x.outs}
+    held: set[tuple[str, str]] = set()
+    result = list(launches)
+    for n, first in enumerate(launches):
+        if n and launches[n - 1].task == first.task:
+            continue
+        task = [x for x in launches if x.task == first.task]
+        needs = [v for x in task for v in values_of(x)] + (sorted(keep) if first.task == "join" else [])
+        foreign = [v for v in dict.fromkeys(needs) if made.get(v, first.lane) != first.lane]
+        other = [v for v in foreign if (v, first.lane) not in held]
+        held.update((v, first.lane) for v in other)
+        result[n] = replace(first, uses=tuple(other))
+    return result
+
+
+def _with_frees(launches: list[Launch], keep: set[str]) -> list[Launch]:
+    """Frees every row-sized value after its last use."""
+    made = {out for x in launches for out in x.outs if re.match(r"(v|g|rows|grows)\d", out)}
+    last = {value: n for n, x in enumerate(launches) for value in values_of(x) if value in made - keep}
+    ends: dict[int, list[str]] = {}
+    for value, n in last.items():
+        ends.setdefault(n, []).append(value)
+    return [replace(x, frees=tuple(ends.get(n, ()))) for n, x in enumerate(launches)]
+
+
+def _guarded(launches: list[Launch]) -> list[Launch]:
+    """Marks the launches that only the gradient of x needs with the guard `need_x`."""
+    needed = {"gw"}
+    result = []
+    for x in reversed(launches):
+        if x.outs and needed.isdisjoint(x.outs):
+            result.append(replace(x, guard="need_x"))
+        else:
+            needed.update(values_of(x))
+            result.append(x)
+    return result[::-1]
+
+
+def check(plan: Plan) -> None:
+    """Every value is made before it is read, every event recorded before it is awaited; else PlanError."""
+    made, recorded = set(plan.inputs), set[str]()
+    for x in plan.launches:
+        if missing := [v for v in values_of(x) if v not in made]:
+            raise PlanError(f"launch {x} reads {', '.join(missing)} before it is made")
+        if early := [e for e in x.waits if e not in recorded]:
+            raise PlanError(f"launch {x} waits for {', '.join(early)} before it is recorded")
+        made.update(x.outs)
+        recorded.add(x.records)
+    if missing := [v for v in (*plan.outputs, *plan.saved) if v not in made]:
+        raise PlanError(f"plan {plan.phase} ends without {', '.join(missing)}")
