@@ -14,7 +14,8 @@ import torch
 
 from moefx.errors import PlanError
 from moefx.ir import Instr, Launch, LeafRef, Plan, Ref, Region, Template
-from moefx.segments import Segment, steps
+from moefx.segments import Segment
+from moefx.segments import steps as steps_of
 
 _LITERALS = (int, bool, type(None), torch.dtype, torch.memory_format, torch.layout)
 
@@ -23,7 +24,7 @@ def emit(region: Region, forward: Plan, backward: Plan, name: str) -> str:
     """The source of `forward(rt, x, ids, w, leaves)` and `backward(rt, saved, gy, leaves, leaf_grads, need_x)`."""
     if forward.degree != backward.degree:
         raise PlanError(f"{name}: {forward.degree} forward chunks, {backward.degree} backward; saved values differ")
-    segments = [step for step in steps(region.template) if isinstance(step, Segment)]
+    segments = [step for step in steps_of(region.template) if isinstance(step, Segment)]
     parts = [
         _header(region, forward, backward, name),
         *(_segment(region.template, s) for s in segments),
@@ -76,7 +77,7 @@ def _segment(template: Template, segment: Segment) -> list[str]:
     for i in segment.body:
         instr = template.instrs[i]
         division = next((members for members in together if i in members), [i])
-        if division[0] == i:
+        if i == min(division):
             value = _division(template, division) if len(division) > 1 else _expression(instr, _model_dtype(segment))
             lines.append(f"    {', '.join(f'v{j}' for j in division)} = {value}  # [R, {instr.width}]")
     return [*lines, f"    return {results}"]
@@ -96,8 +97,10 @@ def _divisions(template: Template, segment: Segment) -> list[list[int]]:
         members.sort(key=lambda i: template.instrs[i].args[1])
         taken = [c for i in members for c in range(*template.instrs[i].args[1:])]
         width = template.instrs[source.index].width
-        in_turn = {template.instrs[i].args[3] for i in members} == {len(members)}
-        if (sorted(taken) if in_turn else taken) == list(range(width)):
+        steps = {template.instrs[i].args[3] for i in members}
+        side_by_side = steps == {1} and taken == list(range(width))
+        in_turn = steps == {len(members)} and sorted(taken) == list(range(width))
+        if side_by_side or in_turn:
             result.append(members)
     return result
 

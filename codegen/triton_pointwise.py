@@ -75,6 +75,18 @@ def softplus(x):
 
 
 @triton.jit
+def at_least(x, low):
+    """max(x, low); NaN stays NaN, as in torch."""
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def at_most(x, high):
+    """min(x, high); NaN stays NaN, as in torch."""
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
 def normal_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
@@ -94,6 +106,9 @@ def gelu_tanh_grad(x):
     t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
     return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
 
+
+# What generated modules import from here.
+_FUNCTIONS = ("at_least", "at_most", "gelu_tanh", "gelu_tanh_grad", "normal_cdf", "normal_pdf", "softplus", "tanh")
 
 # ------------------------------------------------------------------------------------------------ derivative table
 
@@ -162,13 +177,13 @@ def _gelu(x: str, approximate: str = "none") -> Formula:
 
 
 def _clamp(x: str, low: str | None = None, high: str | None = None) -> Formula:
-    """NaN stays NaN, as in torch; the gradient flows where low <= x <= high."""
+    """The gradient flows where low <= x <= high; the upper bound wins when low > high."""
     value, inside = x, []
     if low is not None:
-        value, inside = f"tl.where({value} < {low}, {low}, {value})", [f"({x} >= {low})"]
+        value = f"at_least({value}, {low})"
+        inside.append(f"({x} >= {low})")
     if high is not None:
-        # the upper bound wins when low > high
-        value = f"tl.where({x} > {high}, {high}, {value})" if low is None else f"tl.where({value} > {high}, {high}, {value})"
+        value = f"at_most({value}, {high})"
         inside.append(f"({x} <= {high})")
     return Formula(value, (f"tl.where({' & '.join(inside)}, {{g}}, 0.0)" if inside else "{g}",))
 
@@ -240,7 +255,7 @@ RULES: dict[str, Rule] = {
     # activations
     "silu": _unary("{x} * tl.sigmoid({x})", "{g} * tl.sigmoid({x}) * (1.0 + {x} * (1.0 - tl.sigmoid({x})))"),
     "gelu": _gelu,
-    "relu": _unary("tl.where({x} < 0, 0.0, {x})", "tl.where({x} <= 0, 0.0, {g})"),
+    "relu": _unary("at_least({x}, 0.0)", "tl.where({x} <= 0, 0.0, {g})"),
     "sigmoid": _unary("tl.sigmoid({x})", "{g} * {y} * (1.0 - {y})"),
     "tanh": _unary("tanh({x})", "{g} * (1.0 - {y} * {y})"),
     "hardtanh": _hardtanh,
@@ -287,7 +302,10 @@ RULES: dict[str, Rule] = {
     "ne": _binary("{a} != {b}", None, None, mask=True),
     "logical_and": _binary("{a} & {b}", None, None, mask=True),
     "logical_or": _binary("{a} | {b}", None, None, mask=True),
+    "bitwise_and": _binary("{a} & {b}", None, None, mask=True),
+    "bitwise_or": _binary("{a} | {b}", None, None, mask=True),
     "logical_not": _unary("{x} == 0", None, mask=True),
+    "bitwise_not": _unary("{x} == 0", None, mask=True),
     # copies and casts
     "_to_copy": _IDENTITY,
     "clone": _IDENTITY,
@@ -295,7 +313,8 @@ RULES: dict[str, Rule] = {
     "detach": _unary("{x}", None),
 }
 # Arguments that are truth values; everywhere else a truth value counts as 0 or 1.
-_MASK_ARGUMENTS = {"where": {0}, "masked_fill": {1}, "logical_and": {0, 1}, "logical_or": {0, 1}}
+_MASK_ARGUMENTS = {"where": {0}, "masked_fill": {1}}
+_MASK_ARGUMENTS |= dict.fromkeys(("logical_and", "logical_or", "bitwise_and", "bitwise_or"), {0, 1})
 # Keyword arguments that say nothing about values.
 _STORAGE_KEYWORDS = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}
 
@@ -327,8 +346,14 @@ class Read:
     @property
     def columns(self) -> str:
         """The columns read, as an expression of `column`."""
+        if (self.start, self.step) == (0, 1):
+            return "column"
         scaled = "column" if self.step == 1 else f"{self.step} * column"
-        return scaled if self.start == 0 else f"{self.start} + {scaled}"
+        return f"({scaled})" if self.start == 0 else f"({self.start} + {scaled})"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.start, self.step
 
 
 class _Decline(Exception):
@@ -361,12 +386,12 @@ class _Program:
         outputs = {i: self.value(i, 0, 1) for i in self.segment.outputs}
         if bad := [f"v{i}" for i, name in outputs.items() if name in self.masks]:
             raise _Decline(f"{bad[0]} is a truth value")
-        for source in {read.source for read in self.reads.values() if not read.leaf}:
+        for source in {read.source for read in self.reads.values() if read.step}:
             self._check_columns(source)
         return outputs
 
     def _check_columns(self, source: str) -> None:
-        """The gradient of an input is written read by read: no element may be read in two of them."""
+        """A gradient is written read by read: no element may be read in two of them."""
         seen: set[int] = set()
         for read in self.of(source):
             columns = set(range(read.start, read.start + read.step * self.width, read.step))
@@ -442,7 +467,9 @@ class _Program:
             formula = rule(*operands, **keywords)
         except (TypeError, ValueError):
             raise _Decline(f"v{i} = {instr}: no rule for these arguments") from None
-        partials = tuple(formula.partials[n] if n < len(formula.partials) else None for n in places)
+        if places and places[-1] >= len(formula.partials):
+            raise _Decline(f"v{i} = {instr}: no gradient for argument {places[-1]}")
+        partials = tuple(formula.partials[n] for n in places)
         return Formula(formula.value, partials, formula.mask), tuple(uses), str(instr)
 
     def _operand(self, i: int, instr: Instr, arg: Ref | LeafRef, start: int, step: int) -> str:
@@ -470,7 +497,7 @@ class _Program:
     @staticmethod
     def _check_cast(i: int, instr: Instr) -> None:
         dtype = dict(instr.kwargs).get("dtype")
-        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        if isinstance(dtype, torch.dtype) and (not dtype.is_floating_point or dtype is torch.float64):
             raise _Decline(f"v{i} = {instr} casts to {dtype}")
 
     def gradients(self, outputs: dict[int, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -514,12 +541,15 @@ import triton.language as tl
 
 from moefx.codegen.triton_grouped import left_rows, swizzle
 from moefx.codegen.triton_launch import expert_tile
-from moefx.codegen.triton_pointwise import gelu_tanh, gelu_tanh_grad, normal_cdf, normal_pdf, softplus, tanh
+from moefx.codegen.triton_pointwise import {functions}
 '''
 
 _POINTWISE = '''
 @triton.jit
-def {kernel}({params}, offsets, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def {kernel}(
+{params}
+    offsets, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):
     """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each."""
 {rows}
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -539,8 +569,10 @@ _ROWS_OF_EXPERT = """\
 
 _LINEAR = '''
 @triton.jit(do_not_specialize=["tiles_m"])
-def linear(
-    rows, order, {params}, offsets, n_in, stride_r, experts, tiles_m, tiles_n, top_k,
+def {kernel}_linear(
+    rows, order,
+{params}
+    offsets, n_in, stride_r, experts, tiles_m, tiles_n, top_k,
     SAVE: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
@@ -559,7 +591,7 @@ def linear(
 {pointers}
         for i0 in range(0, n_in, BK):
             left = tl.load(a) if EVEN else tl.load(a, mask=inner[None, :] < n_in - i0, other=0.0)
-            right = in_width[None, :] if EVEN else (inner[:, None] < n_in - i0) & in_width[None, :]
+            b_mask = in_width[None, :] if EVEN else (inner[:, None] < n_in - i0) & in_width[None, :]
 {products}
             a += BK
         mask = (row < end)[:, None] & in_width[None, :]
@@ -578,20 +610,25 @@ class _Sources:
     inputs: tuple[str, ...]
     leaves: tuple[str, ...]
     outputs: tuple[str, ...]
-    grads: tuple[str, ...]  # inputs and leaves that get a gradient
+    grads: tuple[str, ...]  # inputs and leaves whose gradient rows the kernel writes
+    same_grad: dict[str, str]  # leaves whose gradient rows are those of an input (a bias on it)
     covered: tuple[str, ...]  # inputs whose every element is read
-    products: int  # accumulators of the kernel `linear`; 0: there is none
+    products: int  # accumulators of the kernel `..._linear`; 0: there is none
     why_not_linear: str
+
+
+def _params(params: list[str]) -> str:
+    return "\n".join(f"    {p}," for p in params)
 
 
 def _load_read(read: Read) -> str:
     if not read.leaf:
-        pointer = f"{read.source}_ptr + at * {read.source}_stride + ({read.columns})[None, :]"
+        pointer = f"{read.source}_ptr + at * {read.source}_stride + {read.columns}[None, :]"
         return f"{read.name} = tl.load({pointer}, mask=mask, other=0.0).to(tl.float32)"
     pointer = f"{read.source}_ptr + expert.to(tl.int64) * {read.source}_stride_e"
     if read.step == 0:
         return f"{read.name} = tl.load({pointer}).to(tl.float32)"
-    pointer += f" + ({read.columns}) * {read.source}_stride_n"
+    pointer += f" + {read.columns} * {read.source}_stride_n"
     return f"{read.name} = tl.load({pointer}, mask=in_width, other=0.0).to(tl.float32)[None, :]"
 
 
@@ -600,22 +637,34 @@ def _line(line: Line) -> str:
 
 
 def _store(target: str, width: int, columns: str, value: str) -> str:
-    return f"tl.store({target} + at * {width} + ({columns})[None, :], ({value}).to({target}.dtype.element_ty), mask=mask)"
+    return f"tl.store({target} + at * {width} + {columns}[None, :], {value}.to({target}.dtype.element_ty), mask=mask)"
+
+
+def _store_sum(target: str, value: str) -> str:
+    """The sum over the program's columns: one number per row and column block."""
+    place = f"{target} + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)"
+    return f"tl.store({place}, tl.sum(tl.where(mask, {value}, 0.0), axis=1), mask=held)"
 
 
 def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
-    """The module of a built program: kernels `forward`, `vjp` and, where it can be, `linear`."""
+    """The module of a built program: kernels `{name}`, `{name}_vjp` and, where it can be, `{name}_linear`."""
     template, segment, width = program.template, program.segment, program.width
     reads = list(program.reads.values())
     leaves = tuple(f"leaf{i}" for i in segment.leaves)
     inputs = tuple(f"v{i}" for i in segment.inputs)
     widths = {f"v{i}": template.instrs[i].width for i in segment.inputs}
-    # The gradient of a scalar leaf is summed over rows and columns outside: its row gradient is as wide as the output.
-    widths |= {f"leaf{i}": (*program.leaves[i].shape, width)[0] for i in segment.leaves}
-    widths |= {f"leaf{i}": width for i in segment.leaves if program.leaves[i].shape in ((), (1,))}
+    widths |= {f"leaf{i}": (*program.leaves[i].shape, 1)[0] for i in segment.leaves}
 
     gradients, gradient_lines = program.gradients(outputs)
-    grads = tuple(s for s in (*inputs, *leaves) if any(read.name in gradients for read in program.of(s)))
+
+    def flows(source: str) -> dict[tuple[int, int], str]:
+        """The gradient of each place of an input or leaf."""
+        return {read.place: gradients[read.name] for read in program.of(source) if read.name in gradients}
+
+    same_grad = {
+        leaf: twin for leaf in leaves for twin in inputs if flows(leaf) == flows(twin) != {} and widths[leaf] == widths[twin]
+    }
+    grads = tuple(s for s in (*inputs, *leaves) if flows(s) and s not in same_grad)
     covered = tuple(s for s in widths if len(program.of(s)) * width == widths[s])
 
     params = [f"{s}_ptr, {s}_stride" for s in inputs] + [f"{s}_ptr, {s}_stride_e, {s}_stride_n" for s in leaves]
@@ -628,21 +677,23 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         f"g{i} = tl.load(g{i}_ptr + at * g{i}_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)" for i in outputs
     ]
     g_stores = [
-        _store(f"g_{read.source}_out", widths[read.source], read.columns if read.step else "column", gradients[read.name])
+        _store(f"g_{read.source}_out", widths[read.source], read.columns, gradients[read.name])
+        if read.step
+        else _store_sum(f"g_{read.source}_out", gradients[read.name])
         for read in reads
-        if read.name in gradients
+        if read.name in gradients and read.source in grads
     ]
-    about = [f"{read.name} = {read.source} at columns {read.columns}" for read in reads]
+    about = [f"{read.name} = {read.source}[:, {read.columns}]" for read in reads]
     about += [f"v{i} = {template.instrs[i]}" for i in segment.body]
     made = ", ".join(f"v{i} [R, {width}]" for i in outputs)
     rows = _ROWS_OF_EXPERT if leaves else _ROWS
-    text = _HEAD.format(name=name, about="\n".join(about))
+    text = _HEAD.format(name=name, about="\n".join(about), functions=", ".join(sorted(_FUNCTIONS)))
     text += "\n" + _POINTWISE.format(
-        kernel="forward", params=", ".join(params + out_params), width=width, rows=rows,
+        kernel=name, params=_params(params + out_params), width=width, rows=rows,
         doc=f"{made} from {', '.join(inputs + leaves)}.", body=indent("\n".join(loads + values + stores), " " * 4),
     )  # fmt: skip
     text += "\n\n" + _POINTWISE.format(
-        kernel="vjp", params=", ".join(params + out_params + grad_params), width=width, rows=rows,
+        kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
         doc=f"{made} and the gradients of {', '.join(grads) or 'nothing'}.",
         body=indent("\n".join(loads + values + stores + g_loads + [f"{n} = {t}" for n, t in gradient_lines] + g_stores), " " * 4),
     )  # fmt: skip
@@ -653,7 +704,7 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         text += "\n\n" + _linear(program, outputs, products, made, params[len(inputs) :] + out_params, widths)
     products_count = 0 if why_not else sum(not read.leaf for read in reads)
     return _Sources(
-        text + "\n", width, inputs, leaves, tuple(f"v{i}" for i in outputs), grads, covered, products_count, why_not
+        text + "\n", width, inputs, leaves, tuple(f"v{i}" for i in outputs), grads, same_grad, covered, products_count, why_not
     )
 
 
@@ -673,23 +724,24 @@ def _why_not_linear(program: _Program, covered: Sequence[str]) -> str:
 def _linear(
     program: _Program, outputs: dict[int, str], products: list[Read], made: str, params: list[str], widths: dict[str, int]
 ) -> str:
-    """The text of the kernel `linear`: one accumulator for each read of an input, then the segment on them."""
+    """The text of the kernel `..._linear`: one accumulator for each read of an input, then the segment on them."""
     sources = list(dict.fromkeys(read.source for read in products))
     weights = [f"{s}_weight, {s}_stride_e, {s}_stride_i, {s}_stride_o, {s}_out" for s in sources]
     pointers, sums = [], []
     for p in products:
         at = f"expert.to(tl.int64) * {p.source}_stride_e + inner[:, None] * {p.source}_stride_i"
-        column = f"({p.columns}).to(tl.int64)[None, :] * {p.source}_stride_o"
+        column = f"{p.columns}.to(tl.int64)[None, :] * {p.source}_stride_o"
         pointers.append(f"b_{p.name} = {p.source}_weight + {at} + {column}")
         pointers.append(f"{p.name} = tl.zeros((BM, BN), dtype=tl.float32)")
-        sums.append(f"{p.name} = tl.dot(left, tl.load(b_{p.name}, mask=right, other=0.0), {p.name}, input_precision=PRECISION)")
+        sums.append(f"{p.name} = tl.dot(left, tl.load(b_{p.name}, mask=b_mask, other=0.0), {p.name}, input_precision=PRECISION)")
         sums.append(f"b_{p.name} += BK * {p.source}_stride_i")
     saves = [_store(f"{p.source}_out", widths[p.source], p.columns, p.name) for p in products]
     body = [_load_read(read) for read in program.reads.values() if read.leaf]
     body += [_line(line) for line in program.lines]
     body += [_store(f"v{i}_out", program.width, "column", value) for i, value in outputs.items()]
     return _LINEAR.format(
-        params=", ".join(weights + params),
+        kernel=program.segment.name,
+        params=_params(weights + params),
         doc=f"{made} from rows [R, n_in].",
         width=program.width,
         pointers=indent("\n".join(pointers), " " * 8),
@@ -745,36 +797,40 @@ class Pointwise:
         """The segment's outputs [R, width]."""
         inputs = self._checked(inputs, leaves)
         outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], inputs[0].shape[0])
-        self._launch("forward", inputs, leaves, offsets, outputs)
+        self._launch(self.segment.name, inputs, leaves, offsets, outputs)
         return tuple(outputs)
 
     def vjp(
         self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], offsets: Tensor, grads: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(the outputs again, the gradient of each input, the gradient [E, n] of each leaf) for the outputs' gradients."""
-        inputs = self._checked(inputs, leaves)
+        inputs, sources = self._checked(inputs, leaves), self._sources
         check_dtypes(f"{self.segment.name}.vjp", **{f"grad{n}": g for n, g in enumerate(grads)})
         rows = inputs[0].shape[0]
         outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], rows)
-        made: dict[str, Tensor] = {}
-        for s, t in zip(self._sources.inputs, inputs):
-            empty = s in self._sources.covered and s in self._sources.grads
-            made[s] = t.new_empty(t.shape) if empty else t.new_zeros(t.shape)
-        for s, t, n in zip(self._sources.leaves, leaves, self._leaf_widths):
-            # fp32, since a sum over all rows follows
-            shape = (rows, self._sources.width if n == 1 else n)
-            empty = (n == 1 or s in self._sources.covered) and s in self._sources.grads
-            made[s] = t.new_empty(shape, dtype=torch.float32) if empty else t.new_zeros(shape, dtype=torch.float32)
+        made = {s: self._new_gradient(s, t.shape, t) for s, t in zip(sources.inputs, inputs)}
+        for s, n in zip(sources.leaves, self._leaf_widths):
+            if s in sources.same_grad:
+                made[s] = made[sources.same_grad[s]]
+            else:  # fp32, since a sum over all rows follows
+                columns = triton.cdiv(sources.width, self._block(sources.width)[1]) if n == 1 else n
+                made[s] = self._new_gradient(s, (rows, columns), inputs[0], torch.float32, whole=n == 1)
         given: list[Any] = []
         for g in grads:
             g = unit_columns(g)
             given += [g, g.stride(0)]
-        self._launch("vjp", inputs, leaves, offsets, [*outputs, *given, *(made[s] for s in self._sources.grads)])
+        self._launch(f"{self.segment.name}_vjp", inputs, leaves, offsets, [*outputs, *given, *(made[s] for s in sources.grads)])
         leaf_grads = [
-            self._leaf_gradient(made[s], leaf, n, offsets)
-            for s, leaf, n in zip(self._sources.leaves, leaves, self._leaf_widths)
+            self._leaf_gradient(made[s], leaf, n, offsets) for s, leaf, n in zip(sources.leaves, leaves, self._leaf_widths)
         ]
-        return tuple(outputs), tuple(made[s] for s in self._sources.inputs), tuple(leaf_grads)
+        return tuple(outputs), tuple(made[s] for s in sources.inputs), tuple(leaf_grads)
+
+    def _new_gradient(
+        self, source: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, whole: bool = False
+    ) -> Tensor:
+        """Room for gradient rows: zeros unless the kernel writes all of it."""
+        written = source in self._sources.grads and (whole or source in self._sources.covered)
+        return (like.new_empty if written else like.new_zeros)(shape, dtype=dtype or like.dtype)
 
     def linear(
         self,
@@ -813,7 +869,7 @@ class Pointwise:
             for weight, product in zip(weights, products):
                 args += [weight, *weight.stride(), product]
             with on_device(rows):
-                self._kernels["linear"][(tiles_m * tiles_n,)](
+                self._kernels[f"{name}_linear"][(tiles_m * tiles_n,)](
                     rows, offsets if order is None else order, *args, *self._leaf_args(leaves), *outputs, offsets, inner,
                     rows.stride(0), experts, tiles_m, tiles_n, top_k, SAVE=save, GATHER=order is not None,
                     EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=triton_grouped.GROUP,
@@ -847,8 +903,7 @@ class Pointwise:
         rows, width, experts = inputs[0].shape[0], self._sources.width, offsets.numel() - 1
         if not rows:
             return
-        bn = power_of_2(width, least=16, most=512)
-        bm = ELEMENTS // bn
+        bm, bn = self._block(width)
         tiles = row_tiles(rows, experts, bm) if leaves else triton.cdiv(rows, bm)
         args: list[Any] = []
         for t in inputs:
@@ -857,6 +912,12 @@ class Pointwise:
             self._kernels[kernel][(tiles, triton.cdiv(width, bn))](
                 *args, *self._leaf_args(leaves), *more, offsets, experts, BLOCK_E=power_of_2(experts), BM=bm, BN=bn
             )
+
+    @staticmethod
+    def _block(width: int) -> tuple[int, int]:
+        """(rows, columns) of a program's block."""
+        columns = power_of_2(width, least=16, most=512)
+        return ELEMENTS // columns, columns
 
     def _leaf_gradient(self, row_grad: Tensor, leaf: Tensor, width: int, offsets: Tensor) -> Tensor:
         """The gradient of a leaf, shaped and typed like it, from that of its rows."""

@@ -1,0 +1,375 @@
+"""The public face: optimize, explain, restore. And the pipeline, in `analyse`, from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moefx import probe, search, verify
+from moefx.block import RewrittenForward, Variant, install, rewritten, uninstall
+from moefx.build import compile_region
+from moefx.errors import Decline, InputError
+from moefx.options import Options
+from moefx.passes import find
+from moefx.passes._lift import Lifter
+from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
+from moefx.passes.capture import capture
+from moefx.report import DeclinedBlock, FoundBlock, Report
+from moefx.routing import Hypothesis
+from moefx.trace import Trace
+
+log = logging.getLogger(__name__)
+
+MAX_HYPOTHESES = 8  # verified per block before it is declined
+_STATE = "_moefx"  # instance attribute of an optimised model: its report, options and pending hooks
+
+
+# ------------------------------------------------------------------------------------------------ the pipeline
+
+
+def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Variant:
+    """capture -> find -> canonicalise -> partition -> schedule -> lower -> emit -> verify, for one way of calling a block.
+
+    args, kwargs: one real call in normal form (`probe.bind`). Raises Decline with the reason and the nearest miss.
+    """
+    example = probe.Example.of(args, kwargs)
+    experts = probe.guess_experts(module)
+    reasons: list[Decline] = []
+    near: list[str] = []
+    for more in (1, 4):  # more tokens, when the first run may have left experts unreached
+        twin = probe.probe_copy(module, options.seed)
+        tokens = _token_shape(example, module, experts, more)
+        inputs = probe.draw(example, tokens, options.seed + more, experts)
+        tries = 0
+        for hypothesis in _hypotheses(twin, *inputs, near):
+            try:
+                return _realise(module, twin, hypothesis, example, options)
+            except Decline as reason:
+                log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
+                reasons.append(reason)
+                tries += 1
+                if tries == MAX_HYPOTHESES:
+                    break
+        if not reasons:
+            break
+    raise _best_reason(reasons, near)
+
+
+def _hypotheses(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str]) -> Iterator[Hypothesis]:
+    first = Lifter(twin)
+    trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
+    find.side_effects(trace)
+    groups = find.expert_groups(first)
+    if not groups:
+        near.append("no parameters take each other's place in one computation, as experts do")
+    for group in groups:
+        lifter = Lifter(twin, group)
+        trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
+        yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
+        near.extend(dict.fromkeys(lifter.notes))
+
+
+def _redrawn(twin: nn.Module, group: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[int], Trace | None]:
+    """Runs the same inputs with other expert parameters (seed 0: puts the first ones back)."""
+    kept = {name: twin.get_parameter(name).detach().clone() for name in group}
+
+    def run(seed: int) -> Trace | None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, first in kept.items():
+            target = twin.get_parameter(name).detach()
+            target.copy_(probe.random_like(first, first.dtype, generator) if seed else first)
+        try:
+            return capture(twin, *copy.deepcopy((args, kwargs))) if seed else None
+        except Decline:
+            return None
+
+    return run
+
+
+def _realise(module: nn.Module, twin: nn.Module, hypothesis: Hypothesis, example: probe.Example, options: Options) -> Variant:
+    """A hypothesis made to run, and verified; Decline when it is refuted."""
+    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+    rewrite = canonicalise(hypothesis, placeholder_names(example.args, example.kwargs, parameters))
+    compiled = compile_region(hypothesis.region, options.degree, options.kernels)
+    stages = (
+        ("canonicalise", rewrite.source),
+        ("partition", "\n".join(map(str, compiled.graphs))),
+        ("schedule", "\n".join(map(str, compiled.schedules))),
+        ("lower", "\n".join(map(str, compiled.plans))),
+        ("emit", compiled.source),
+    )
+    location = f"{inspect.getsourcefile(type(module)) or '?'}:{_first_line(type(module))}"
+    variant = Variant(
+        compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
+        rewrite.swallowed, GuardFailed, {}, location, stages,
+    )  # fmt: skip
+    lowest = verify.precision([v.tensor for v in hypothesis.trace.values])
+    run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
+    errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)
+    variant.errors.update(errors)
+    return variant
+
+
+def _token_shape(example: probe.Example, module: nn.Module, experts: int, more: int) -> tuple[int, ...]:
+    """Token sizes of the analysis run: enough to reach every expert where experts are separate modules."""
+    shape = probe.shapes_for(example)[0]
+    stacked = any(p.dim() >= 3 for p in module.parameters())
+    need = (53 if stacked else max(53, 6 * experts)) * more
+    have = max(1, torch.Size(shape).numel())
+    return (max(shape[0], -(-need * shape[0] // have)), *shape[1:]) if shape else shape
+
+
+def _first_line(cls: type) -> int:
+    try:
+        return inspect.getsourcelines(cls)[1]
+    except (OSError, TypeError):
+        return 0
+
+
+def _best_reason(reasons: list[Decline], near: list[str]) -> Decline:
+    """The verdict that came furthest, with the nearest miss."""
+    if reasons:
+        last = reasons[0]
+        return Decline(f"a match was found but refuted: {last.reason}", "; ".join(dict.fromkeys(r.reason for r in reasons[1:4])), last.location)
+    notes = list(dict.fromkeys(near))
+    return Decline("no routed experts: " + (notes[0] if notes else "no parameters are used like experts"), "; ".join(notes[1:4]))
+
+
+# ------------------------------------------------------------------------------------------------ the whole model
+
+
+def optimize(model: nn.Module, example_inputs: Any = None, options: Options | None = None) -> nn.Module:
+    """Rewrites the MoE blocks of `model` in place and returns the same object.
+
+    example_inputs: a tuple of positional or a dict of keyword arguments of `model`; without them the first call of the
+    model serves as the example. Parameters, names, state_dict and hooks stay. A block is replaced only after it agreed
+    with the original, forward and gradients; `explain(model)` tells what happened, `restore(model)` undoes it.
+    Raises InputError when example_inputs do not fit the model.
+    """
+    _check_model(model)
+    state = model.__dict__.get(_STATE)
+    if state is not None:
+        if options is None or state["options"] == options:
+            if state["report"].pending and example_inputs is not None:
+                restore(model)
+                return optimize(model, example_inputs, options or state["options"])
+            return model
+        restore(model)
+    options = options or Options()
+    report = Report(pending=example_inputs is None)
+    model.__dict__[_STATE] = {"report": report, "options": options, "handles": []}
+    if example_inputs is None:
+        _wait_for_first_call(model)
+        return model
+    try:
+        seen = _run_example(model, example_inputs)
+    except Exception:
+        del model.__dict__[_STATE]
+        raise
+    _rewrite(model, seen, options, report, replace=True)
+    return model
+
+
+def explain(model: nn.Module, example_inputs: Any = None, options: Options | None = None) -> Report:
+    """The report on a model: what was done if it is optimised, else what `optimize` would do (nothing is changed).
+
+    Raises InputError when the model is not optimised and no example_inputs are given.
+    """
+    _check_model(model)
+    state = model.__dict__.get(_STATE)
+    if state is not None:
+        report: Report = state["report"]
+        return report
+    if example_inputs is None:
+        raise InputError("explain needs example_inputs for a model that is not optimised: a tuple or a dict of its arguments")
+    report = Report()
+    _rewrite(model, _run_example(model, example_inputs), options or Options(), report, replace=False)
+    return report
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives every rewritten block its own forward back. Parameters stay as they are. Idempotent."""
+    _check_model(model)
+    state = model.__dict__.pop(_STATE, None)
+    for handle in state["handles"] if state else []:
+        handle.remove()
+    for module in model.modules():
+        uninstall(module)
+    return model
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"moefx works on a torch.nn.Module; got {type(model).__name__}")
+
+
+def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, dict) or hasattr(example_inputs, "keys"):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise InputError(f"example_inputs is a tuple of positional or a dict of keyword arguments; got {type(example_inputs).__name__}")
+
+
+def _run_example(model: nn.Module, example_inputs: Any) -> search.Observation:
+    """One observed forward without gradients; random state and buffers are left as they were."""
+    args, kwargs = _call(model, example_inputs)
+    probe.bind(model, args, kwargs)
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    inside: list[tuple[str, nn.Module]] = []
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, a, n=name: inside.append((n, m))))
+        handles.append(module.register_forward_hook(lambda m, a, out: inside.pop() and None))
+    try:
+        with search.observe(model) as seen, torch.no_grad(), torch.random.fork_rng(devices=devices):
+            model(*args, **kwargs)
+    except Exception as error:
+        name, module = inside[-1] if inside else ("", model)
+        where = f"{name or 'the model'} ({type(module).__name__}.forward{inspect.signature(type(module).forward)})"
+        raise InputError(f"the model does not run on example_inputs: {type(error).__name__} in {where}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, b in model.named_buffers():
+            if name in buffers and b.shape == buffers[name].shape:
+                b.detach().copy_(buffers[name])
+    return seen
+
+
+def _wait_for_first_call(model: nn.Module) -> None:
+    """Observes the user's first call, and rewrites when it is over."""
+    state = model.__dict__[_STATE]
+    active: list[contextlib.AbstractContextManager[search.Observation]] = []
+    found: list[search.Observation] = []
+
+    def before(_m: nn.Module, _a: Any, _k: Any) -> None:
+        if not active:
+            active.append(search.observe(model))
+            found.append(active[0].__enter__())
+            # the observer's own hooks were registered after this call began: the root's inputs are taken here
+            with contextlib.suppress(InputError, TypeError, RuntimeError):
+                found[0].examples[""] = probe.Example.of(*probe.bind(model, _a, _k))
+
+    def after(_m: nn.Module, _a: Any, _out: Any) -> None:
+        if active:
+            active[0].__exit__(None, None, None)
+            for handle in state["handles"]:
+                handle.remove()
+            state["handles"].clear()
+            state["report"].pending = False
+            _rewrite(model, found[0], state["options"], state["report"], replace=True)
+
+    state["handles"] += [
+        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+        model.register_forward_hook(after, always_call=True),
+    ]
+
+
+def _rewrite(model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool) -> None:
+    """Tries every candidate, deepest first; equal structures share one analysis."""
+    start = time.perf_counter()
+    modules = dict(model.named_modules())
+    analysed: dict[Any, tuple[str, dict[Any, Variant | Decline]]] = {}
+    done: list[str] = []
+    for name in search.candidates(model, seen):
+        if any(n == name or not name or n.startswith(name + ".") for n in done):
+            continue  # a smaller part of it was rewritten
+        module, example = modules[name], seen.examples[name]
+        if rewritten(module) is not None:
+            continue
+        key = (search.structure_key(module), _signature(example), module.training)
+        first, variants = analysed.setdefault(key, (name, {}))
+        forward = RewrittenForward(module, _analyser(options), variants)
+        variant = _try(module, forward, example, first == name)
+        if isinstance(variant, Decline):
+            if first == name:
+                report.declined.append(DeclinedBlock(name, variant.reason, variant.nearest, variant.location))
+            continue
+        done.append(name)
+        report.found.append(_found(name, forward, variant, "" if first == name else first))
+        if replace:
+            install(module, forward)
+        log.info("found %s: %s", name, report.found[-1].routing)
+    report.seconds = time.perf_counter() - start
+
+
+def _analyser(options: Options) -> Callable[..., Variant]:
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        return analyse(module, args, kwargs, options)
+
+    return run
+
+
+def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, first: bool) -> Variant | Decline:
+    """Analyses the mode the block is in and the other one, and checks the block itself: its weights, dtype, device."""
+    try:
+        variant = forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
+        if isinstance(variant, Decline):
+            return variant
+        variant.errors["device"] = max(variant.errors.get("device", 0.0), _check_device(module, variant, example, first))
+        if first:
+            with _mode(module, not module.training):
+                forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
+        return variant
+    except Decline as reason:
+        return reason
+
+
+@contextlib.contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    before = {m: m.training for m in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, mode in before.items():
+            m.training = mode
+
+
+def _check_device(module: nn.Module, variant: Variant, example: probe.Example, gradients: bool) -> float:
+    """The block itself against its rewritten form; gradients for the first of its structure."""
+    parameter = next(p for p in module.parameters())
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    shape = probe.shapes_for(example)[1]
+    inputs = probe.draw(example, shape, 5, variant.region.experts, dtype=dtype)
+    args, kwargs = pytree.tree_map(lambda t: t.to(parameter.device) if isinstance(t, Tensor) else t, inputs)
+    try:
+        expected = verify._run(lambda a, k: type(module).forward(module, *a, **k), module, args, kwargs, gradients)
+    except Exception as error:  # noqa: BLE001
+        raise Decline(f"the block does not run on {dtype} {parameter.device} inputs like its example: {error}") from error
+    expected = verify.Outcome(expected.outputs, {n: None if g is None else g.cpu() for n, g in expected.gradients.items()})
+    actual = verify._run(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients)
+    low = verify.precision([torch.zeros((), dtype=dtype), *(v for v in expected.outputs if isinstance(v, Tensor))])
+    errors = verify.compare(expected, actual, 20 * verify.TOLERANCE[low], f"its own weights ({dtype}, {parameter.device.type})")
+    return max(errors.values())
+
+
+def _signature(example: probe.Example) -> Any:
+    def kind(x: Any) -> Any:
+        return (x.dim(), x.dtype) if isinstance(x, Tensor) else repr(x)
+
+    leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
+    return (spec, tuple(kind(x) for x in leaves))
+
+
+def _found(name: str, forward: RewrittenForward, variant: Variant, same_as: str) -> FoundBlock:
+    region, stages = variant.region, dict(variant.stages)
+    declined = [v for v in forward.variants.values() if isinstance(v, Decline)]
+    other = "eval" if forward.module.training else "train"
+    notes = tuple(f"in {other} mode the original runs: {d.reason}" for d in declined)
+    return FoundBlock(
+        name, region.experts, region.top_k, region.d_model, region.d_expert, region.layout, region.routing, variant.location,
+        dict(variant.errors), stages["partition"], stages["schedule"], stages["emit"], stages["canonicalise"], str(region),
+        same_as, notes,
+    )  # fmt: skip

@@ -233,8 +233,8 @@ class Schedule:
     @staticmethod
     def parse(text: str) -> Schedule:
         """Reads what `str` prints. Raises PlanError that names the line."""
-        head, *rest = text.strip().splitlines()
         try:
+            head, *rest = text.strip().splitlines()
             phase, degree = head.split(" r=")
             lanes = tuple((line.split(":")[0].strip(), tuple(line.split(":")[1].split())) for line in rest)
             if phase not in ("forward", "backward"):

@@ -170,7 +170,7 @@ class Inputs:
 def inputs(
     region: Region, tokens: int, routing: str = "any", dtype: torch.dtype = torch.float64, seed: int = 1
 ) -> Inputs:
-    """routing "any": uniform; "outside": some ids are -1 or E; "one": all on one expert; "few": experts 1 and 3 only."""
+    """Routing "any": uniform; "outside": some ids are -1 or E; "one": all on expert 2; "few": on experts 1 and 3."""
     generator = torch.Generator().manual_seed(seed)
     shape = (tokens, region.top_k)
     low, high = {"any": (0, E), "outside": (-1, E + 1), "one": (2, 3), "few": (0, 2)}[routing]

@@ -79,7 +79,7 @@ def registrar(registry: Registry, default: Expectation) -> Callable[..., Callabl
                     tolerance=tolerance,
                 )
 
-            key = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", factory.__name__).lower()
+            key = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", factory.__name__).lower()
             if key in registry:
                 raise ValueError(f"two styles are called {key}")
             registry[key] = build
@@ -1363,8 +1363,17 @@ class WeightBeforeExperts(ListMoe):
         return out.view_as(x)
 
 
-@positive("the score multiplies the hidden layer, before a down projection with a bias")
+@positive("the score multiplies the hidden layer", name="weight_in_hidden_layer")
+@positive(
+    "the score multiplies the hidden layer, but not the bias of the layer after it",
+    name="weight_in_hidden_layer_bias",
+    expect="found_or_declined",
+    bias=True,
+)
 class WeightInHiddenLayer(ListMoe):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__(make_expert=lambda: Mlp(bias=bias))
+
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, D)
         weights, chosen = self.route(tokens)
@@ -1900,7 +1909,11 @@ class SequenceRouting(ListMoe):
         return out
 
 
-@positive("two experts chosen by a mask of the caller (text or image)", make_inputs=with_padding_mask)
+@positive(
+    "two experts chosen by a mask of the caller (text or image), no router",
+    make_inputs=with_padding_mask,
+    expect="found_or_declined",
+)
 class ModalityRouting(nn.Module):
     def __init__(self) -> None:
         super().__init__()

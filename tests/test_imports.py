@@ -33,7 +33,7 @@ MODULES = {module_name(file) for files in SOURCES.values() for file in files}
 
 
 def imports(source: str, module: str = "", is_package: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (line, full name) of everything imported anywhere in the source: `from a import b` gives a.b if a module."""
+    """Yield (line, full name) of every import, at any depth; `from a import b` gives a.b where that is a module."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

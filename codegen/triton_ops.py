@@ -1,0 +1,60 @@
+"""The table of Triton ops: the names and signatures of `moefx.ops`, launched on CUDA tensors (or in Triton's interpreter).
+
+R, the number of routed rows held, is always T*K here: no size depends on data and the host never waits. Rows behind
+offsets[E] keep whatever the memory held; no op reads them. Beyond the ops of `moefx.ops` the table has
+
+    gather_linear(x, order, top_k, weight, offsets)             grouped_linear(gather_rows(x, ...), ...) without the copy
+    gather_wgrad(x, order, top_k, grad, offsets, out)           grouped_wgrad(gather_rows(x, ...), ...) without the copy
+    compile_pointwise(template, segment, leaves)                a segment's own kernels (moefx.codegen.triton_pointwise)
+    grouped_linear_act(pointwise, rows, weights, leaves, offsets, order=None, top_k=1, save=True)
+                                                                linears with their segment in the epilogue
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moefx.codegen.triton_grouped import gather_linear, gather_wgrad, grouped_linear, grouped_wgrad
+from moefx.codegen.triton_launch import interpreted, supports
+from moefx.codegen.triton_permute import combine, combine_backward, expert_rows, expert_sum, gather_rows, rows_backward
+from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
+from moefx.codegen.triton_route import route
+
+__all__ = ["OPS", "Pointwise", "Unsupported", "compile_pointwise", "interpreted", "supports"]
+
+
+def grouped_linear_act(
+    pointwise: Pointwise,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    offsets: Tensor,
+    order: Tensor | None = None,
+    top_k: int = 1,
+    save: bool = True,
+) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...]]:
+    """(the pre-activations [R, O] if `save`, the segment's outputs [R, F]); see `Pointwise.linear`."""
+    return pointwise.linear(rows, weights, leaves, offsets, order, top_k, save)
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    op.__name__: op
+    for op in (
+        route,
+        gather_rows,
+        rows_backward,
+        grouped_linear,
+        grouped_wgrad,
+        expert_rows,
+        expert_sum,
+        combine,
+        combine_backward,
+        gather_linear,
+        gather_wgrad,
+        compile_pointwise,
+        grouped_linear_act,
+    )
+}

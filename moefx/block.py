@@ -1,0 +1,176 @@
+"""What stands at `module.forward` of a rewritten block.
+
+The module stays the user's object: class, parameters, names, hooks. Only its instance attribute `forward` is set. Each
+distinct way of calling the block (train or eval, which arguments) has its own variant; a call for which there is none
+runs the original, and the report says why.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moefx.errors import Decline
+from moefx.ir import Region
+from moefx.routing import Routing, region_inputs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One verified rewriting of a block: what it computes, how it runs, and how well it agreed with the original."""
+
+    region: Region
+    routing: Routing
+    compiled: Any  # moefx.runtime.CompiledRegion
+    forward: Callable[..., Any]
+    spec: Any
+    source: str  # the canonical block
+    kept: tuple[str, ...]
+    swallowed: tuple[str, ...]
+    skip: type[Exception]  # raised by `forward` when sizes branch differently
+    errors: dict[str, float]
+    location: str
+    stages: tuple[tuple[str, str], ...]  # (stage, text)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The rewritten forward on normalised arguments (see `probe.bind`)."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        enabled = torch.is_grad_enabled()
+        try:
+            outputs = self.forward(module, Moe(self, module), *leaves)
+        finally:
+            torch.set_grad_enabled(enabled)
+        return pytree.tree_unflatten(outputs, self.spec)
+
+
+class Moe:
+    """The `moe` of a canonical block: its routed part, bound to the block's parameters as they are now."""
+
+    def __init__(self, variant: Variant, module: nn.Module) -> None:
+        self.variant, self.module = variant, module
+
+    def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None) -> Tensor:
+        """x [..., D], router values as recorded -> routed output [..., d_out]."""
+        region = self.variant.region
+        tokens = x.reshape(-1, region.d_model)
+        slots, weights = region_inputs(self.variant.routing, region.experts, tokens.shape[0], ids, w)
+        if weights is None:
+            weights = torch.ones(slots.shape, dtype=x.dtype, device=x.device)
+        params = {name: _parameter(self.module, name) for leaf in region.leaves for name in dict.fromkeys(leaf.params)}
+        y = self.variant.compiled(tokens, slots, weights, params)
+        return y.reshape(*x.shape[:-1], region.d_out)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    owner: Any = module
+    for part in name.split("."):
+        owner = owner._modules[part] if part in owner._modules else owner._parameters.get(part, owner._buffers.get(part))
+    return owner
+
+
+def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a variant is specialised on: never sizes or dtypes."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+
+    def kind(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return ("tensor", x.dim(), x.is_floating_point())
+        return x if isinstance(x, (int, float, str, bool, type(None))) else type(x)
+
+    return (module.training, spec, tuple(kind(x) for x in leaves))
+
+
+class RewrittenForward:
+    """Callable at `module.forward`. `analyse(module, args, kwargs)` makes missing variants or raises Decline."""
+
+    def __init__(self, module: nn.Module, analyse: Callable[..., Variant], variants: dict[Any, Variant | Decline]) -> None:
+        self.module, self.analyse, self.variants = module, analyse, variants
+        self.previous = module.__dict__.get("forward")
+        self.signature = inspect.signature(type(module).forward)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(self.module, *args, **kwargs)
+        bound.apply_defaults()
+        flat_args, flat_kwargs = tuple(bound.args[1:]), dict(bound.kwargs)
+        variant = self.variant_for(flat_args, flat_kwargs)
+        if isinstance(variant, Decline) or self._hooked(variant):
+            return self.original(*args, **kwargs)
+        try:
+            return variant.run(self.module, flat_args, flat_kwargs)
+        except variant.skip:
+            return self.original(*args, **kwargs)
+
+    def variant_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | Decline:
+        """The variant for this way of calling, analysed now if it is new."""
+        key = call_key(self.module, args, kwargs)
+        if key not in self.variants:
+            try:
+                self.variants[key] = self.analyse(self.module, args, kwargs)
+            except Decline as reason:
+                log.warning("moefx keeps the original %s for this call: %s", type(self.module).__name__, reason)
+                self.variants[key] = reason
+        return self.variants[key]
+
+    def _hooked(self, variant: Variant) -> bool:
+        """Hooks on submodules whose work the region took over: only the original can honour them."""
+        for path in variant.swallowed:
+            try:
+                child = self.module.get_submodule(path)
+            except AttributeError:
+                return True  # the user rearranged the block
+            if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+                return True
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module, memo)
+        twin.variants = dict(self.variants)
+        return twin
+
+    def __reduce__(self) -> Any:
+        return (_original_forward, (self.module,))
+
+
+def _original_forward(module: nn.Module) -> Any:
+    """A pickled model comes back unoptimised."""
+    return types.MethodType(type(module).forward, module)
+
+
+def rewritten(module: nn.Module) -> RewrittenForward | None:
+    """The rewriting in place at a module, if any."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, RewrittenForward) else None
+
+
+def install(module: nn.Module, forward: RewrittenForward) -> None:
+    module.__dict__["forward"] = forward
+
+
+def uninstall(module: nn.Module) -> bool:
+    """Gives a module its own forward back; False if it was not rewritten."""
+    forward = rewritten(module)
+    if forward is None:
+        return False
+    if forward.previous is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = forward.previous
+    return True

@@ -1,0 +1,88 @@
+"""The report: what was found, what was declined and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FoundBlock:
+    """A rewritten block. Letters as everywhere: E experts, K slots per token, D model width, F expert width.
+
+    errors: worst relative errors against the original: "forward" and "gradient" on the float64 probe, "device" with the
+    block's own weights, dtype and device.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    d_model: int
+    d_expert: int
+    layout: str
+    routing: str
+    location: str
+    errors: dict[str, float]
+    partition: str
+    schedule: str
+    source: str
+    canonical: str = ""
+    region: str = ""
+    same_as: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"{self.name or '(the model itself)'}: E={self.experts} K={self.top_k} D={self.d_model} F={self.d_expert}"
+        lines = [
+            head,
+            f"  routing    {self.routing}",
+            f"  layout     {self.layout}",
+            f"  stands at  {self.location}",
+            "  verified   " + ", ".join(f"{k} {v:.1e}" for k, v in self.errors.items()),
+            *(f"  note       {n}" for n in self.notes),
+        ]
+        if self.same_as:
+            return "\n".join([*lines, f"  same structure as {self.same_as}"])
+        for title, text in (("block", self.canonical), ("region", self.region), ("partition", self.partition), ("schedule", self.schedule), ("source", self.source)):
+            lines += [f"  {title}", *("    " + line for line in text.splitlines())]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DeclinedBlock:
+    """A candidate that stays as it was."""
+
+    name: str
+    reason: str
+    nearest: str = ""
+    location: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.name or '(the model itself)'}: {self.reason}"]
+        if self.nearest:
+            lines.append(f"  nearest miss: {self.nearest}")
+        if self.location:
+            lines.append(f"  at {self.location}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Report:
+    """What moefx did, or would do, to a model."""
+
+    found: list[FoundBlock] = field(default_factory=list)
+    declined: list[DeclinedBlock] = field(default_factory=list)
+    seconds: float = 0.0
+    pending: bool = False
+
+    def __str__(self) -> str:
+        if self.pending:
+            return "moefx waits for the model's first call to see its inputs."
+        count = f"moefx: {len(self.found)} MoE block(s) found, {len(self.declined)} candidate(s) declined, {self.seconds:.1f} s"
+        parts = [count]
+        if not self.found:
+            parts.append("no MoE block was rewritten; the model is unchanged")
+        if self.found:
+            parts += ["", "found", *("\n".join("  " + line for line in str(b).splitlines()) for b in self.found)]
+        if self.declined:
+            parts += ["", "declined", *("\n".join("  " + line for line in str(b).splitlines()) for b in self.declined)]
+        return "\n".join(parts)

@@ -1,0 +1,113 @@
+"""Which submodules may hold an MoE block: a cheap look at parameters and at one run of the model.
+
+A candidate is a called module that (a) holds matrices that could be experts: a stack, repeats of one shape, or several in
+all, and (b) makes a selection while it runs (top-k, argmax, a comparison ...) or is given integers. Candidates are tried
+deepest first, so the smallest sufficient module wins; the search climbs no further than the first module that repeats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from moefx.errors import InputError
+from moefx.probe import Example, bind
+
+SELECTIONS = frozenset(
+    "topk argmax argmin sort argsort nonzero where one_hot max min multinomial bucketize searchsorted gt lt ge le eq "
+    "__gt__ __lt__ __ge__ __le__ __eq__ kthvalue msort unique scatter scatter_".split()
+)
+
+
+@dataclass
+class Observation:
+    """What one run of the model showed of its modules."""
+
+    examples: dict[str, Example] = field(default_factory=dict)
+    selects: set[str] = field(default_factory=set)
+
+
+class _Selections(TorchFunctionMode):
+    def __init__(self, seen: Observation, stack: list[str]) -> None:
+        super().__init__()
+        self.seen, self.stack = seen, stack
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in SELECTIONS:
+            self.seen.selects.update(self.stack)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def observe(model: nn.Module) -> Iterator[Observation]:
+    """While active, a run of `model` is observed: the first inputs of each plausible module, and who selects."""
+    seen = Observation()
+    stack: list[str] = []
+    handles = []
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        stack.append(name)
+        if name in plausible_names and name not in seen.examples:
+            with torch._C.DisableTorchFunction():
+                with contextlib.suppress(InputError, TypeError, RuntimeError):
+                    seen.examples[name] = Example.of(*bind(module, args, kwargs))
+
+    plausible_names = {n for n, m in model.named_modules() if plausible(m)}
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, a, k, n=name: enter(n, m, a, k), with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(lambda m, a, out: stack.pop() and None, always_call=True))
+    try:
+        with _Selections(seen, stack):
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def plausible(module: nn.Module) -> bool:
+    """Whether its parameters could be experts: a stack [E, ., .], or at least two matrices of one shape or three of any."""
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    if any(p.dim() >= 3 and p.shape[0] > 1 for p in matrices):
+        return True
+    repeated = Counter(tuple(p.shape) for p in matrices)
+    return len(matrices) >= 3 or any(n >= 2 for n in repeated.values())
+
+
+def candidates(model: nn.Module, seen: Observation) -> list[str]:
+    """Names of candidate modules, deepest first."""
+    modules = dict(model.named_modules())
+    picked = []
+    for name, example in seen.examples.items():
+        integers = any(isinstance(x, Tensor) and not x.is_floating_point() for x in pytree.tree_leaves((example.args, example.kwargs)))
+        if (name in seen.selects or integers) and not _repeats(modules[name], name, seen):
+            picked.append(name)
+    return sorted(picked, key=lambda n: (-n.count(".") - bool(n), list(modules).index(n)))
+
+
+def _repeats(module: nn.Module, name: str, seen: Observation) -> bool:
+    """A module that runs two or more submodules of one structure which select on their own: a stack of layers."""
+    prefix = f"{name}." if name else ""
+    inner = [m for n, m in module.named_modules() if n and prefix + n in seen.examples and prefix + n in seen.selects]
+    kinds = Counter((type(m), tuple(tuple(p.shape) for p in m.parameters())) for m in inner)
+    return any(n >= 2 for n in kinds.values())
+
+
+def structure_key(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for modules that run the same code on parameters of the same shapes, so that they are analysed once."""
+
+    def own(m: nn.Module) -> tuple[Any, ...]:
+        simple = {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, bool, type(None), tuple))}
+        other = {k: id(v) for k, v in vars(m).items() if k not in simple and not k.startswith("_") and k != "forward" and not isinstance(v, Tensor)}
+        params = tuple((n, tuple(p.shape)) for n, p in m._parameters.items() if p is not None)
+        buffers = tuple((n, tuple(b.shape)) for n, b in m._buffers.items() if b is not None)
+        return (type(m), repr(sorted(simple.items())), tuple(sorted(other.items())), params, buffers)
+
+    return tuple((n, own(m)) for n, m in module.named_modules())

@@ -1,0 +1,169 @@
+"""verify: is the rewritten block the original block? Asked with numbers, forward and gradients, before it may take over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moefx.errors import Decline
+from moefx.probe import Example, draw, shapes_for
+
+# relative error allowed, by the least precise floating dtype that took part
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: token sizes, how tokens are drawn (see `probe.draw`), and whether gradients are compared."""
+
+    token_shape: tuple[int, ...]
+    tokens: str
+    gradients: bool
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.token_shape)) or '1'} tokens {self.tokens}"
+
+
+def adversarial_cases(example: Example) -> list[Case]:
+    """Other token counts than the analysis saw, skewed routing, one token, many tokens, none."""
+    first, second, one, large = (*shapes_for(example), *[()] * 3)[:4] if example.token_sizes else ((),) * 4
+    none = (0, *one[1:])
+    cases = [
+        Case(second, "random", True), Case(second, "alike", True), Case(large, "near", False), Case(large, "random", False),
+        Case(one, "random", True), Case(first, "one", True), Case(none, "random", False),
+    ]  # fmt: skip
+    return cases if example.token_sizes else [Case((), "random", True)]
+
+
+def precision(tensors: list[Tensor]) -> torch.dtype:
+    """The least precise floating dtype among them."""
+    order = list(TOLERANCE)
+    floats = [t.dtype for t in tensors if t.is_floating_point() and t.dtype in order]
+    return max(floats, key=order.index, default=torch.float64)
+
+
+def verify(module: nn.Module, rewritten: Run, example: Example, experts: int, lowest: torch.dtype, skip: type[Exception]) -> dict[str, float]:
+    """Compares `module` (a float64 probe copy) with its rewritten form on adversarial cases.
+
+    Returns the worst relative errors, {"forward": ..., "gradient": ...}. Raises Decline with the first case that differs.
+    Cases that the original itself cannot run, or for which the rewritten form declares itself unfit (`skip`), are left out.
+    """
+    worst = {"forward": 0.0, "gradient": 0.0}
+    compared = 0
+    for i, case in enumerate(adversarial_cases(example)):
+        args, kwargs = draw(example, case.token_shape, 1000 + i, experts, case.tokens)
+        try:
+            expected = _run(lambda a, k: module.forward(*a, **k), module, args, kwargs, case.gradients)
+        except Exception:  # noqa: BLE001 - the original cannot run this case: nothing to compare with
+            continue
+        try:
+            actual = _run(rewritten, module, args, kwargs, case.gradients)
+        except skip:
+            continue
+        except Exception as error:  # noqa: BLE001
+            raise Decline(f"the rewritten block fails on {case}: {type(error).__name__}: {str(error)[:160]}") from error
+        errors = compare(expected, actual, TOLERANCE[lowest], str(case))
+        worst = {k: max(worst[k], errors[k]) for k in worst}
+        compared += 1
+    if compared < 2 and example.token_sizes:
+        raise Decline("the block works for one token count only: too few cases could be compared")
+    return worst
+
+
+@dataclass(frozen=True)
+class Outcome:
+    outputs: list[Any]
+    gradients: dict[str, Tensor | None]
+
+
+def _run(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> Outcome:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
+    differentiable = [t.requires_grad_() for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and gradients]
+    passed = [t * 1 if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
+    a, k = pytree.tree_unflatten(passed, spec)
+    params = {n: p for n, p in module.named_parameters() if p.is_floating_point()} if gradients else {}
+    with _requires_grad(params), torch.random.fork_rng(devices=_devices(module)), torch.set_grad_enabled(gradients):
+        torch.manual_seed(7)
+        flat = pytree.tree_leaves(run(a, k))
+        outputs = [t for t in flat if isinstance(t, Tensor)]
+        grads: dict[str, Tensor | None] = {}
+        roots = [t for t in outputs if t.requires_grad]
+        if roots:
+            generator = torch.Generator().manual_seed(3)
+            cotangents = [torch.randn(t.shape, generator=generator).to(t) for t in roots]
+            sources = {**params, **{f"input {i}": t for i, t in enumerate(differentiable)}}
+            found = torch.autograd.grad(roots, list(sources.values()), cotangents, allow_unused=True)
+            grads = dict(zip(sources, found))
+    return Outcome([t.detach() if isinstance(t, Tensor) else t for t in flat], grads)
+
+
+@contextlib.contextmanager
+def _requires_grad(params: dict[str, nn.Parameter]) -> Iterator[None]:
+    before = {n: p.requires_grad for n, p in params.items()}
+    for p in params.values():
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for n, p in params.items():
+            p.requires_grad_(before[n])
+
+
+def _devices(module: nn.Module) -> list[torch.device]:
+    return list({p.device for p in module.parameters() if p.device.type == "cuda"})
+
+
+def compare(expected: Outcome, actual: Outcome, tolerance: float, where: str) -> dict[str, float]:
+    """Relative errors of outputs and gradients; raises Decline that says what differs on which case."""
+    if len(expected.outputs) != len(actual.outputs):
+        raise Decline(f"on {where} the block returns {len(expected.outputs)} values, the rewritten one {len(actual.outputs)}")
+    forward = 0.0
+    for i, (a, b) in enumerate(zip(expected.outputs, actual.outputs)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if a != b and not (a is None and b is None):
+                raise Decline(f"on {where} output {i} is {a!r} in the original and {b!r} rewritten")
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise Decline(f"on {where} output {i} is {a.dtype}{list(a.shape)} in the original and {b.dtype}{list(b.shape)} rewritten")
+        forward = max(forward, _checked(a, b, 0.0, tolerance, f"on {where} output {i}"))
+    magnitude = max([float(g.abs().max()) for g in expected.gradients.values() if g is not None and g.numel()], default=0.0)
+    gradient = 0.0
+    for name, a in expected.gradients.items():
+        b = actual.gradients.get(name)
+        if a is None and b is None:
+            continue
+        a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
+        b = torch.zeros_like(a) if b is None else b.to(a.device)
+        gradient = max(gradient, _checked(a, b, 1e-3 * magnitude, 10 * tolerance, f"on {where} the gradient of {name}"))
+    return {"forward": forward, "gradient": gradient}
+
+
+def _checked(a: Tensor, b: Tensor, floor: float, tolerance: float, what: str) -> float:
+    error = relative_error(a, b, floor)
+    if error > tolerance:
+        raise Decline(f"{what} differs by {error:.1e} (allowed {tolerance:.0e})")
+    return error
+
+
+def relative_error(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    """max|a - b| / (max|a| + floor); infinite when non-finite or integer elements differ."""
+    if a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)):
+        return float("inf")
+    if not bool(finite.all()):
+        a, b = a[finite], b[finite]
+        if a.numel() == 0:
+            return 0.0
+    return float((a.double() - b.double()).abs().max() / (a.double().abs().max() + floor + 1e-30))

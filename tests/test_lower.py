@@ -1,0 +1,172 @@
+"""simplify and lower: joined linears, events, lifetimes, guards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import regions
+from moefx.passes.lower import check, lower, values_of
+from moefx.passes.partition import partition
+from moefx.passes.schedule import schedule
+from moefx.passes.simplify import join_leaves, simplify
+from regions import D, E, F
+
+from moefx.errors import PlanError
+from moefx.ir import Instr, Launch, Leaf, LeafRef, Plan, Ref, Region, Template
+
+
+def plan(style: str = "swiglu_fused", degree: int = 1, phase: str = "forward", policy: str = "fifo", **changes) -> Plan:
+    region = simplify(regions.region(style, **changes))
+    graph = partition(region, degree, phase)
+    return lower(region, graph, schedule(graph, policy))
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("degree", [1, 3])
+def test_golden(golden, phase, degree):
+    golden(f"lower_{phase}_r{degree}", str(plan(degree=degree, phase=phase)))
+
+
+# ------------------------------------------------------------------------------------------------ simplify
+
+
+def test_gate_and_up_side_by_side_become_one_linear(golden):
+    region = simplify(regions.region("swiglu_fused"))
+    assert [leaf.shape for leaf in region.leaves] == [(F, D), (D, 2 * F)]
+    golden("simplify_swiglu_fused", str(region))
+
+
+def test_gate_and_up_in_turn_become_one_linear(golden):
+    region = simplify(regions.region("interleaved_bias"))
+    wide = next(leaf for leaf in region.leaves if leaf.shape == (D, 2 * F))
+    assert wide.strides == (2 * F, 1)
+    golden("simplify_interleaved_bias", str(region))
+
+
+def test_separate_parameters_stay_apart():
+    region = regions.region("swiglu_separate")
+    assert simplify(region) == region
+
+
+def leaf(offset: int, width: int = F, strides: tuple[int, int] = (100, 1), params: str = "p") -> Leaf:
+    return Leaf((D, width), strides, (params,) * E, tuple(offset + 1000 * e for e in range(E)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        leaf(F + 1),  # a gap
+        leaf(F, params="q"),  # another parameter
+        leaf(F, strides=(100, 2)),  # another layout
+        replace(leaf(F), shape=(D + 1, F)),  # other rows
+        replace(leaf(F), offsets=tuple(F + 999 * e for e in range(E))),  # the distance varies
+    ],
+)
+def test_leaves_that_do_not_join(other):
+    assert join_leaves(leaf(0), other) is None
+
+
+def test_leaves_of_unequal_width_join():
+    wide, first, second = join_leaves(leaf(0), leaf(F, width=3))
+    assert (wide.shape, first, second) == ((D, F + 3), (0, F, 1), (F, F + 3, 1))
+
+
+def test_dead_instructions_and_leaves_go():
+    instrs = (regions.X, regions.linear(0, 1, F), regions.linear(0, 0, D))
+    leaves = (regions.stacked("w", D, D), regions.stacked("dead", D, F))
+    region = simplify(Region(E, 2, D, D, D, Template(instrs), leaves))
+    assert [i.kind for i in region.template.instrs] == ["x", "linear"]
+    assert [x.params[0] for x in region.leaves] == ["w"]
+
+
+# ------------------------------------------------------------------------------------------------ lower
+
+
+def test_one_chunk_has_no_events():
+    assert all(not x.waits and not x.records and not x.uses for x in plan().launches)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("style", sorted(regions.STYLES))
+def test_every_dependency_across_lanes_has_an_event(style, phase):
+    graph = partition(regions.region(style), 3, phase)
+    planned = schedule(graph)
+    launches = lower(simplify(regions.region(style)), graph, planned).launches
+    for task in graph.tasks:
+        crossing = {d for d in task.deps if planned.lane_of(d) != planned.lane_of(task.name)}
+        assert {e for x in launches if x.task == task.name for e in x.waits} == crossing
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("style", sorted(regions.STYLES))
+def test_values_of_other_lanes_are_held_before_they_are_read(style, phase):
+    made: dict[str, str] = {}
+    held: set[tuple[str, str]] = set()
+    for x in plan(style, 3, phase).launches:
+        held.update((value, x.lane) for value in x.uses)
+        for value in values_of(x):
+            assert made.get(value, x.lane) == x.lane or (value, x.lane) in held
+        made.update((out, x.lane) for out in x.outs if x.op != "slice")
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("policy", ["serial", "fifo"])
+def test_nothing_is_read_after_it_is_freed(phase, policy):
+    freed: set[str] = set()
+    result = plan("residual_norm", 3, phase, policy)
+    for x in result.launches:
+        assert freed.isdisjoint(values_of(x))
+        freed.update(x.frees)
+    assert freed and freed.isdisjoint((*result.outputs, *result.saved))
+
+
+def test_saved_are_preactivations_and_nothing_permuted():
+    assert plan().saved == ("x", "w", "order", "offsets", "position", "v1", "v6")
+    # The result after a bias is made again from the linear before it; with weights on the input nobody needs it.
+    assert plan("interleaved_bias").saved[-2:] == ("v1", "v13")
+    assert plan(weight_position="input").saved[-1] == "v1"
+
+
+def test_what_only_x_needs_is_guarded():
+    guarded = [x.op for x in plan(phase="backward").launches if x.guard]
+    assert guarded == ["grouped_linear", "rows_backward"]
+    assert not [x for x in plan(phase="backward", weight_position="input").launches if x.guard]
+
+
+def test_first_chunk_writes_and_later_chunks_add():
+    ops = [x.op for x in plan(degree=3, phase="backward").launches if x.task.startswith("w_experts")]
+    assert ops == ["grouped_wgrad"] * 2 + ["grouped_wgrad_add"] * 4
+
+
+def test_a_leaf_that_two_linears_use_is_summed():
+    instrs = (regions.X, regions.linear(0, 0, D), regions.op("relu.default", Ref(1), width=D), regions.linear(2, 0, D))
+    region = Region(E, 2, D, D, D, Template(instrs), (regions.stacked("w", D, D),))
+    graph = partition(region, 1, "backward")
+    ops = [x.op for x in lower(region, graph, schedule(graph)).launches if x.task == "w_experts_0"]
+    assert ops == ["grouped_wgrad", "grouped_wgrad_add"]
+
+
+def test_template_that_ignores_its_rows():
+    constant = Instr("op", "aten.mul.Tensor", (LeafRef(0), 2.0), width=D)
+    region = Region(E, 2, D, D, D, Template((regions.X, constant)), (regions.stacked("b", D),))
+    graph = partition(region, 1, "backward")
+    with pytest.raises(PlanError, match="does not read the token rows"):
+        lower(region, graph, schedule(graph))
+
+
+def test_check_names_the_place():
+    good = plan(degree=2)
+    late = replace(good, launches=good.launches[1:])
+    with pytest.raises(PlanError, match="reads x_0 before it is made"):
+        check(late)
+    silent = replace(good, launches=tuple(replace(x, records="") for x in good.launches))
+    with pytest.raises(PlanError, match="waits for dispatch_0 before it is recorded"):
+        check(silent)
+    with pytest.raises(PlanError, match="ends without z"):
+        check(replace(good, outputs=("z",)))
+
+
+def test_values_of_reads_expressions():
+    launch = Launch("t", "compute", "op", ("a",), ("leaf0.transpose(1, 2)", 3, None, "offsets_0[::5].contiguous()"))
+    assert values_of(launch) == ["leaf0", "offsets_0"]
