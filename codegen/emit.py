@@ -192,7 +192,8 @@ def _backward(region: Region, plan: Plan) -> list[str]:
 
 
 def _unpack(name: str, region: Region) -> str:
-    return "(" + "".join(f"{name}{i}, " for i in range(len(region.leaves))).rstrip() + ")"
+    names = ", ".join(f"{name}{i}" for i in range(len(region.leaves)))
+    return f"({names},)" if len(region.leaves) == 1 else names or "()"
 
 
 def _body(plan: Plan) -> Iterator[str]:

@@ -13,8 +13,6 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moefx.codegen.triton_launch import (
     check_dtypes,
     expert_tile,
@@ -25,6 +23,8 @@ from moefx.codegen.triton_launch import (
     row_tiles,
     unit_columns,
 )
+from torch import Tensor
+
 from moefx.errors import InputError
 
 # Row tiles whose programs run near each other walk over the same columns of the weight, which stays in the L2 cache.
@@ -35,7 +35,7 @@ GROUP = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """A program makes `rows` x `columns` results in steps of `inner` summands, with `warps` warps and `stages` buffers."""
+    """A program makes rows x columns results in steps of `inner` summands, by `warps` warps with `stages` buffers."""
 
     rows: int
     columns: int
@@ -115,7 +115,8 @@ def left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER: tl.constexpr
 
 @triton.jit(do_not_specialize=["tiles_m"])
 def grouped_linear_kernel(
-    rows, order, weight, offsets, out, n_in, n_out, stride_r, stride_e, stride_i, stride_o, experts, tiles_m, tiles_n, top_k,
+    rows, order, weight, offsets, out, n_in, n_out, stride_r, stride_e, stride_i, stride_o,
+    experts, tiles_m, tiles_n, top_k,
     GATHER: tl.constexpr, EVEN_I: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +149,8 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     experts, inner, columns = weight.shape
     if rows.shape[1] != inner or offsets.numel() != experts + 1:
         raise InputError(
-            f"{op}: rows {tuple(rows.shape)} and {offsets.numel()} offsets do not fit weight [E, I, O] = {tuple(weight.shape)}"
+            f"{op}: rows {tuple(rows.shape)} and {offsets.numel()} offsets do not fit "
+            f"weight [E, I, O] = {tuple(weight.shape)}"
         )
     rows = unit_columns(rows)
     total = rows.shape[0] if order is None else order.numel()
@@ -172,7 +174,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def gather_linear(x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
-    """grouped_linear(gather_rows(x, order, top_k, offsets), weight, offsets) without the permuted copy of x [T, I]."""
+    """grouped_linear(gather_rows(x, order, top_k, offsets), weight, offsets) without the permuted copy of x."""
     return _launch_linear(x, order, top_k, weight, offsets, "gather_linear")
 
 
@@ -181,11 +183,12 @@ def gather_linear(x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets:
 
 @triton.jit
 def grouped_wgrad_kernel(
-    rows, order, grad, offsets, out, n_in, n_out, stride_r, stride_g, stride_e, stride_i, stride_o, tiles_i, tiles_o, top_k,
+    rows, order, grad, offsets, out, n_in, n_out, stride_r, stride_g, stride_e, stride_i, stride_o,
+    tiles_i, tiles_o, top_k,
     GATHER: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out[e] [I, O] = rows_e [n, I]^T @ grad_e [n, O]. Grid (E * tiles_i * tiles_o,), one tile of one expert's matrix each.
+    """out[e] [I, O] = rows_e [n, I]^T @ grad_e [n, O]. Grid (E * tiles_i * tiles_o,): a tile of out each.
 
     A program walks over the expert's n rows in order, BR at a time; rows past the end count as zeros, so an expert
     without rows gets zeros.
@@ -210,7 +213,9 @@ def grouped_wgrad_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=(i < n_in) & (o < n_out))
 
 
-def _launch_wgrad(rows: Tensor, order: Tensor | None, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor, op: str) -> None:
+def _launch_wgrad(
+    rows: Tensor, order: Tensor | None, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor, op: str
+) -> None:
     check_dtypes(op, same=True, rows=rows, grad=grad)
     check_dtypes(op, out=out)
     experts, inner, columns = out.shape
@@ -226,9 +231,10 @@ def _launch_wgrad(rows: Tensor, order: Tensor | None, top_k: int, grad: Tensor, 
     tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
     with on_device(rows):
         grouped_wgrad_kernel[(experts * tiles_i * tiles_o,)](
-            rows, offsets if order is None else order, grad, offsets, out, inner, columns, rows.stride(0), grad.stride(0),
-            *out.stride(), tiles_i, tiles_o, top_k, GATHER=order is not None, PRECISION=float32_precision(), GROUP=GROUP,
-            BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+            rows, offsets if order is None else order, grad, offsets, out, inner, columns, rows.stride(0),
+            grad.stride(0), *out.stride(), tiles_i, tiles_o, top_k, GATHER=order is not None,
+            PRECISION=float32_precision(), GROUP=GROUP, BI=tile.rows, BO=tile.columns, BR=tile.inner,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -238,5 +244,5 @@ def grouped_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> N
 
 
 def gather_wgrad(x: Tensor, order: Tensor, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """grouped_wgrad(gather_rows(x, order, top_k, offsets), grad, offsets, out) without the permuted copy of x [T, I]."""
+    """grouped_wgrad(gather_rows(x, order, top_k, offsets), grad, offsets, out) without the permuted copy of x."""
     _launch_wgrad(x, order, top_k, grad, offsets, out, "gather_wgrad")

@@ -1,4 +1,4 @@
-"""What all Triton kernels of moefx share: which dtypes they take, how they are launched, which expert owns a tile of rows.
+"""What all Triton kernels of moefx share: the dtypes they take, how they are launched, which expert owns a row tile.
 
 Letters as everywhere: T tokens, K slots per token, R = T*K routed rows, E experts; I and O are the input and output
 features of a product. Rows behind offsets[E] belong to no expert: no kernel reads them and no kernel writes them.

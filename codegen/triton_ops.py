@@ -1,10 +1,10 @@
-"""The table of Triton ops: the names and signatures of `moefx.ops`, launched on CUDA tensors (or in Triton's interpreter).
+"""The table of Triton ops: the names and signatures of `moefx.ops`, for CUDA tensors (or Triton's interpreter).
 
 R, the number of routed rows held, is always T*K here: no size depends on data and the host never waits. Rows behind
 offsets[E] keep whatever the memory held; no op reads them. Beyond the ops of `moefx.ops` the table has
 
-    gather_linear(x, order, top_k, weight, offsets)             grouped_linear(gather_rows(x, ...), ...) without the copy
-    gather_wgrad(x, order, top_k, grad, offsets, out)           grouped_wgrad(gather_rows(x, ...), ...) without the copy
+    gather_linear(x, order, top_k, weight, offsets)             grouped_linear of gathered rows, without the copy
+    gather_wgrad(x, order, top_k, grad, offsets, out)           grouped_wgrad of gathered rows, without the copy
     compile_pointwise(template, segment, leaves)                a segment's own kernels (moefx.codegen.triton_pointwise)
     grouped_linear_act(pointwise, rows, weights, leaves, offsets, order=None, top_k=1, save=True)
                                                                 linears with their segment in the epilogue
@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from moefx.codegen.triton_grouped import gather_linear, gather_wgrad, grouped_linear, grouped_wgrad
 from moefx.codegen.triton_launch import interpreted, supports
 from moefx.codegen.triton_permute import combine, combine_backward, expert_rows, expert_sum, gather_rows, rows_backward
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_route import route
+from torch import Tensor
 
 __all__ = ["OPS", "Pointwise", "Unsupported", "compile_pointwise", "interpreted", "supports"]
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from moefx.codegen.triton_launch import check_dtypes, expert_tile, on_device, power_of_2, row_tiles, unit_columns
+from torch import Tensor
 
 # One program handles about this many elements at a time: 16 for each of the 128 threads of 4 warps.
 ELEMENTS = 2048
@@ -31,7 +30,7 @@ def gather_rows_kernel(
     x, order, w, offsets, out, rows, width, stride_x, experts, top_k,
     WEIGHTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [R, D] = rows of x [T, D] in expert order, times w [T*K]. Grid (R / BM, D / BN), one block of rows x features each."""
+    """out [R, D] = rows of x [T, D] in expert order, times w [T*K]. Grid (R / BM, D / BN): a block of out each."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     held = row < tl.load(offsets + experts)
@@ -76,7 +75,7 @@ def combine_kernel(
     h, position, w, out, tokens, width, stride_h, K: tl.constexpr,
     WEIGHTED: tl.constexpr, UNROLL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [T, O] = sum over k of w[t, k] * h[position[t, k]]. Grid (T / BM, O / BN), one block of tokens x features each.
+    """out [T, O] = sum over k of w[t, k] * h[position[t, k]]. Grid (T / BM, O / BN): a block of out each.
 
     The K loop is unrolled by UNROLL, so that the loads of several slots are under way together.
     """
@@ -93,7 +92,9 @@ def combine_kernel(
         if WEIGHTED:
             value *= tl.load(w + token * K + k, mask=filled, other=0.0).to(tl.float32)[:, None]
         total += value
-    tl.store(out + token[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & in_width)
+    tl.store(
+        out + token[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & in_width
+    )
 
 
 def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -148,7 +149,7 @@ def token_rows_kernel(
 def _token_rows(
     tokens: Tensor, h: Tensor, order: Tensor, position: Tensor, offsets: Tensor, w: Tensor | None, scaled: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(w * token rows [R, O] in h's dtype if `scaled`, products of token rows and h [T, K] in w's dtype if w is given)."""
+    """(w * token rows [R, O] in h's dtype if `scaled`, <token row, h> [T, K] in w's dtype if w is given)."""
     tokens, h = unit_columns(tokens), unit_columns(h)
     rows, width = order.numel(), h.shape[1]
     result = h.new_empty(rows, width) if scaled else None
@@ -188,7 +189,11 @@ def expert_rows_kernel(
         column = tl.program_id(1) * BN + tl.arange(0, BN)
         value = tl.load(leaf + expert.to(tl.int64) * stride_e + column * stride_n, mask=column < width, other=0.0)
         mask = (row < end)[:, None] & (column < width)[None, :]
-        tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], tl.broadcast_to(value[None, :], (BM, BN)), mask=mask)
+        tl.store(
+            out + row.to(tl.int64)[:, None] * width + column[None, :],
+            tl.broadcast_to(value[None, :], (BM, BN)),
+            mask=mask,
+        )
 
 
 def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
@@ -217,8 +222,12 @@ def expert_sum_kernel(grad, offsets, out, width, stride_g, BM: tl.constexpr, BN:
     for r0 in range(start, end, BM):
         row = r0 + tl.arange(0, BM)
         mask = (row < end)[:, None] & (column < width)[None, :]
-        total += tl.load(grad + row.to(tl.int64)[:, None] * stride_g + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + expert.to(tl.int64) * width + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < width)
+        total += tl.load(grad + row.to(tl.int64)[:, None] * stride_g + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+    tl.store(
+        out + expert.to(tl.int64) * width + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < width
+    )
 
 
 def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""A pointwise segment of an expert template becomes Triton source: its value, its gradient, and its value in the epilogue
-of the grouped product that feeds it.
+"""A pointwise segment of an expert template becomes Triton source: its value, its gradient, and its value in the
+epilogue of the grouped product that feeds it.
 
-Program element (r, j) makes outputs[r, j]. A template value is needed there at the columns start + step*j, where (start,
-step) follows from the `columns` instructions between it and the output: (0, 1) without any. So a fused or interleaved
-gate/up is read in place. The gradient is reverse mode over the same lines, with the derivatives of the table `RULES`.
-All arithmetic is in fp32, whatever the storage dtype; casts between floating dtypes inside a segment therefore change
-nothing but the dtype of the result.
+Program element (r, j) makes outputs[r, j]. A template value is needed there at column start + step*j, where
+(start, step) follows from the `columns` instructions between it and the output: (0, 1) without any. So a fused or
+interleaved gate/up is read in place. The gradient is reverse mode over the same lines, with the derivatives of the
+table `RULES`. All arithmetic is in fp32, whatever the storage dtype; casts between floating dtypes inside a segment
+therefore change nothing but the dtype of the result.
 
     compile_pointwise(template, segment, leaves) -> Pointwise | Unsupported
 """
@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from textwrap import indent
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-from torch import Tensor
-
-from moefx.codegen import triton_grouped, triton_launch
+from moefx.codegen import triton_grouped
 from moefx.codegen.triton_launch import check_dtypes, float32_precision, on_device, power_of_2, row_tiles, unit_columns
 from moefx.codegen.triton_permute import expert_sum
+from moefx.codegen.triton_rules import FUNCTIONS, MASK_ARGUMENTS, RULES, STORAGE_KEYWORDS, Formula, literal
+from torch import Tensor
+
 from moefx.errors import InputError
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Template
 from moefx.segments import Segment, leaf_refs
@@ -47,276 +46,6 @@ class Unsupported:
 
     def __bool__(self) -> bool:
         return False
-
-
-# ------------------------------------------------------------------------------------------------ functions of kernels
-
-
-@triton.jit
-def tanh(x):
-    """tanh without cancellation: a series near 0, else 1 - 2 / (exp(2|x|) + 1) with the sign of x."""
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    return tl.where(size < 0.25, series, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0: a series near 0."""
-    return tl.where(x < 0.01, x * (1.0 - x * (0.5 - x * (1.0 / 3 - x * 0.25))), tl.log(1.0 + x))
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) without overflow."""
-    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def at_least(x, low):
-    """max(x, low); NaN stays NaN, as in torch."""
-    return tl.where(x < low, low, x)
-
-
-@triton.jit
-def at_most(x, high):
-    """min(x, high); NaN stays NaN, as in torch."""
-    return tl.where(x > high, high, x)
-
-
-@triton.jit
-def normal_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def normal_pdf(x):
-    return 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
-@triton.jit
-def gelu_tanh(x):
-    return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-def gelu_tanh_grad(x):
-    t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-    return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-
-
-# What generated modules import from here.
-_FUNCTIONS = ("at_least", "at_most", "gelu_tanh", "gelu_tanh_grad", "normal_cdf", "normal_pdf", "softplus", "tanh")
-
-# ------------------------------------------------------------------------------------------------ derivative table
-
-
-@dataclass(frozen=True)
-class Formula:
-    """value: an expression. partials[n]: gradient of value argument n, {g} the gradient of the value, {y} the value.
-
-    A partial is None where no gradient flows. mask: the value is a truth value.
-    """
-
-    value: str
-    partials: tuple[str | None, ...] = ()
-    mask: bool = False
-
-
-Rule = Callable[..., Formula]
-
-
-def _literal(x: Any) -> str:
-    """A number as source; what is beyond fp32 becomes infinite."""
-    x = float(x)
-    if math.isnan(x) or abs(x) > torch.finfo(torch.float32).max:
-        return f'float("{x if math.isnan(x) else math.copysign(math.inf, x)}")'
-    return repr(x) if x >= 0 else f"({x!r})"
-
-
-def _unary(value: str, partial: str | None, mask: bool = False) -> Rule:
-    def rule(x: str) -> Formula:
-        return Formula(value.replace("{x}", x), (partial and partial.replace("{x}", x),), mask)
-
-    return rule
-
-
-def _binary(value: str, partial_a: str | None, partial_b: str | None, mask: bool = False) -> Rule:
-    def put(text: str, a: str, b: str) -> str:
-        return text.replace("{a}", a).replace("{b}", b)
-
-    def rule(a: str, b: str) -> Formula:
-        return Formula(put(value, a, b), tuple(p and put(p, a, b) for p in (partial_a, partial_b)), mask)
-
-    return rule
-
-
-def _add(a: str, b: str, alpha: str = "1.0") -> Formula:
-    if alpha == "1.0":
-        return Formula(f"{a} + {b}", ("{g}", "{g}"))
-    return Formula(f"{a} + {alpha} * {b}", ("{g}", f"{alpha} * {{g}}"))
-
-
-def _sub(a: str, b: str, alpha: str = "1.0") -> Formula:
-    if alpha == "1.0":
-        return Formula(f"{a} - {b}", ("{g}", "-{g}"))
-    return Formula(f"{a} - {alpha} * {b}", ("{g}", f"-{alpha} * {{g}}"))
-
-
-def _rsub(a: str, b: str, alpha: str = "1.0") -> Formula:
-    turned = _sub(b, a, alpha)
-    return Formula(turned.value, (turned.partials[1], turned.partials[0]))
-
-
-def _gelu(x: str, approximate: str = "none") -> Formula:
-    if approximate == "tanh":
-        return Formula(f"gelu_tanh({x})", (f"{{g}} * gelu_tanh_grad({x})",))
-    return Formula(f"{x} * normal_cdf({x})", (f"{{g}} * (normal_cdf({x}) + {x} * normal_pdf({x}))",))
-
-
-def _clamp(x: str, low: str | None = None, high: str | None = None) -> Formula:
-    """The gradient flows where low <= x <= high; the upper bound wins when low > high."""
-    value, inside = x, []
-    if low is not None:
-        value = f"at_least({value}, {low})"
-        inside.append(f"({x} >= {low})")
-    if high is not None:
-        value = f"at_most({value}, {high})"
-        inside.append(f"({x} <= {high})")
-    return Formula(value, (f"tl.where({' & '.join(inside)}, {{g}}, 0.0)" if inside else "{g}",))
-
-
-def _hardtanh(x: str, low: str = "(-1.0)", high: str = "1.0") -> Formula:
-    """Like clamp, but without gradient at the bounds themselves."""
-    return Formula(_clamp(x, low, high).value, (f"tl.where(({x} > {low}) & ({x} < {high}), {{g}}, 0.0)",))
-
-
-def _leaky_relu(x: str, slope: str = "0.01") -> Formula:
-    return Formula(f"tl.where({x} > 0, {x}, {x} * {slope})", (f"tl.where({x} > 0, {{g}}, {{g}} * {slope})",))
-
-
-def _elu(x: str, alpha: str = "1.0", scale: str = "1.0", input_scale: str = "1.0") -> Formula:
-    value = f"{scale} * tl.where({x} > 0, {x}, {alpha} * (tl.exp({x} * {input_scale}) - 1.0))"
-    slope = f"tl.where({x} > 0, 1.0, {alpha} * {input_scale} * tl.exp({x} * {input_scale}))"
-    return Formula(value, (f"{{g}} * {scale} * {slope}",))
-
-
-def _softplus(x: str, beta: str = "1.0", threshold: str = "20.0") -> Formula:
-    value = f"tl.where({x} * {beta} > {threshold}, {x}, softplus({x} * {beta}) / {beta})"
-    return Formula(value, (f"tl.where({x} * {beta} > {threshold}, {{g}}, {{g}} * tl.sigmoid({x} * {beta}))",))
-
-
-def _pow(x: str, exponent: str) -> Formula:
-    n = float(exponent.strip("()"))
-    if n == 0:
-        return Formula(f"{x} * 0.0 + 1.0", (None,))
-    if n < 0:
-        turned = _pow(x, repr(-n)).value
-        return Formula(f"1.0 / ({turned})", (f"{{g}} * {_literal(n)} * {{y}} / {x}",))
-    if n == 0.5:
-        return Formula(f"tl.sqrt({x})", ("{g} * 0.5 / {y}",))
-    if n.is_integer() and n <= 8:
-        lower = " * ".join([x] * (int(n) - 1)) or "1.0"
-        return Formula(" * ".join([x] * int(n)), (f"{{g}} * {_literal(n)} * ({lower})",))
-    slope = f"tl.exp({_literal(n - 1)} * tl.log({x}))"
-    return Formula(f"tl.exp({_literal(n)} * tl.log({x}))", (f"{{g}} * {_literal(n)} * {slope}",))
-
-
-def _where(condition: str, a: str, b: str) -> Formula:
-    return Formula(
-        f"tl.where({condition}, {a}, {b})",
-        (None, f"tl.where({condition}, {{g}}, 0.0)", f"tl.where({condition}, 0.0, {{g}})"),
-    )
-
-
-def _masked_fill(x: str, condition: str, value: str) -> Formula:
-    return Formula(f"tl.where({condition}, {value}, {x})", (f"tl.where({condition}, 0.0, {{g}})", None))
-
-
-def _extremum(sign: str) -> Rule:
-    """maximum (">") or minimum ("<"): NaN wins; equal arguments share the gradient."""
-
-    def rule(a: str, b: str) -> Formula:
-        share = "tl.where({x} {sign} {o}, {{g}}, tl.where({x} == {o}, 0.5 * {{g}}, 0.0))"
-        return Formula(
-            f"tl.where(({a} {sign} {b}) | ({a} != {a}), {a}, {b})",
-            (share.format(x=a, o=b, sign=sign), share.format(x=b, o=a, sign=sign)),
-        )
-
-    return rule
-
-
-_IDENTITY = _unary("{x}", "{g}")
-
-# Keyed by aten name without overload. {x} or {a}, {b}: the arguments; {y}: the value; {g}: its gradient.
-RULES: dict[str, Rule] = {
-    # activations
-    "silu": _unary("{x} * tl.sigmoid({x})", "{g} * tl.sigmoid({x}) * (1.0 + {x} * (1.0 - tl.sigmoid({x})))"),
-    "gelu": _gelu,
-    "relu": _unary("at_least({x}, 0.0)", "tl.where({x} <= 0, 0.0, {g})"),
-    "sigmoid": _unary("tl.sigmoid({x})", "{g} * {y} * (1.0 - {y})"),
-    "tanh": _unary("tanh({x})", "{g} * (1.0 - {y} * {y})"),
-    "hardtanh": _hardtanh,
-    "relu6": lambda x: _hardtanh(x, "0.0", "6.0"),
-    "leaky_relu": _leaky_relu,
-    "elu": _elu,
-    "softplus": _softplus,
-    "log_sigmoid": _unary("-softplus(-{x})", "{g} * tl.sigmoid(-{x})"),
-    "mish": _unary(
-        "{x} * tanh(softplus({x}))",
-        "{g} * (tanh(softplus({x})) + {x} * tl.sigmoid({x}) * (1.0 - tanh(softplus({x})) * tanh(softplus({x}))))",
-    ),
-    # arithmetic
-    "add": _add,
-    "sub": _sub,
-    "rsub": _rsub,
-    "mul": _binary("{a} * {b}", "{g} * {b}", "{g} * {a}"),
-    "div": _binary("{a} / {b}", "{g} / {b}", "-{g} * {a} / ({b} * {b})"),
-    "neg": _unary("-{x}", "-{g}"),
-    "reciprocal": _unary("1.0 / {x}", "-{g} * {y} * {y}"),
-    "abs": _unary("tl.abs({x})", "tl.where({x} > 0, {g}, tl.where({x} < 0, -{g}, 0.0))"),
-    "square": _unary("{x} * {x}", "2.0 * {g} * {x}"),
-    "pow": _pow,
-    "sqrt": _unary("tl.sqrt({x})", "{g} * 0.5 / {y}"),
-    "rsqrt": _unary("tl.rsqrt({x})", "-0.5 * {g} * {y} * {y} * {y}"),
-    "exp": _unary("tl.exp({x})", "{g} * {y}"),
-    "log": _unary("tl.log({x})", "{g} / {x}"),
-    "erf": _unary("tl.erf({x})", "{g} * 1.1283791670955126 * tl.exp(-{x} * {x})"),
-    "sin": _unary("tl.sin({x})", "{g} * tl.cos({x})"),
-    "cos": _unary("tl.cos({x})", "-{g} * tl.sin({x})"),
-    # bounds and choices
-    "clamp": _clamp,
-    "clamp_min": _clamp,
-    "clamp_max": lambda x, high: _clamp(x, None, high),
-    "maximum": _extremum(">"),
-    "minimum": _extremum("<"),
-    "where": _where,
-    "masked_fill": _masked_fill,
-    "lt": _binary("{a} < {b}", None, None, mask=True),
-    "le": _binary("{a} <= {b}", None, None, mask=True),
-    "gt": _binary("{a} > {b}", None, None, mask=True),
-    "ge": _binary("{a} >= {b}", None, None, mask=True),
-    "eq": _binary("{a} == {b}", None, None, mask=True),
-    "ne": _binary("{a} != {b}", None, None, mask=True),
-    "logical_and": _binary("{a} & {b}", None, None, mask=True),
-    "logical_or": _binary("{a} | {b}", None, None, mask=True),
-    "bitwise_and": _binary("{a} & {b}", None, None, mask=True),
-    "bitwise_or": _binary("{a} | {b}", None, None, mask=True),
-    "logical_not": _unary("{x} == 0", None, mask=True),
-    "bitwise_not": _unary("{x} == 0", None, mask=True),
-    # copies and casts
-    "_to_copy": _IDENTITY,
-    "clone": _IDENTITY,
-    "alias": _IDENTITY,
-    "detach": _unary("{x}", None),
-}
-# Arguments that are truth values; everywhere else a truth value counts as 0 or 1.
-_MASK_ARGUMENTS = {"where": {0}, "masked_fill": {1}}
-_MASK_ARGUMENTS |= dict.fromkeys(("logical_and", "logical_or", "bitwise_and", "bitwise_or"), {0, 1})
-# Keyword arguments that say nothing about values.
-_STORAGE_KEYWORDS = {"dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"}
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -354,6 +83,10 @@ class Read:
     @property
     def place(self) -> tuple[int, int]:
         return self.start, self.step
+
+    def slice(self, width: int) -> slice:
+        """The columns read by `width` program columns."""
+        return slice(self.start, self.start + self.step * width, self.step)
 
 
 class _Decline(Exception):
@@ -448,9 +181,9 @@ class _Program:
         for n, arg in enumerate(instr.args):
             if isinstance(arg, (Ref, LeafRef)):
                 name = self._operand(i, instr, arg, start, step)
-                if name in self.masks and n not in _MASK_ARGUMENTS.get(op, ()):
+                if name in self.masks and n not in MASK_ARGUMENTS.get(op, ()):
                     name = f"{name}.to(tl.float32)"
-                elif name not in self.masks and n in _MASK_ARGUMENTS.get(op, ()):
+                elif name not in self.masks and n in MASK_ARGUMENTS.get(op, ()):
                     name = f"({name} != 0)"
                 uses.append(name)
                 places.append(n)
@@ -460,7 +193,7 @@ class _Program:
         keywords = {
             {"min": "low", "max": "high"}.get(key, key): self._constant(i, instr, value)
             for key, value in instr.kwargs
-            if key not in _STORAGE_KEYWORDS
+            if key not in STORAGE_KEYWORDS
         }
         self._check_cast(i, instr)
         try:
@@ -491,7 +224,7 @@ class _Program:
         if value is None or isinstance(value, str):
             return value
         if isinstance(value, (bool, int, float)):
-            return _literal(value)
+            return literal(value)
         raise _Decline(f"v{i} = {instr}: {value!r} is not a number")
 
     @staticmethod
@@ -516,7 +249,9 @@ class _Program:
                 return None
             if len(terms) == 1 and terms[0].isidentifier():
                 return terms[0]
-            lines.append((f"g_{name}", " + ".join(t if t.isidentifier() or len(terms) == 1 else f"({t})" for t in terms)))
+            lines.append(
+                (f"g_{name}", " + ".join(t if t.isidentifier() or len(terms) == 1 else f"({t})" for t in terms))
+            )
             return f"g_{name}"
 
         for line in reversed(self.lines):
@@ -541,7 +276,7 @@ import triton.language as tl
 
 from moefx.codegen.triton_grouped import left_rows, swizzle
 from moefx.codegen.triton_launch import expert_tile
-from moefx.codegen.triton_pointwise import {functions}
+from moefx.codegen.triton_rules import {functions}
 '''
 
 _POINTWISE = '''
@@ -611,7 +346,7 @@ class _Sources:
     leaves: tuple[str, ...]
     outputs: tuple[str, ...]
     grads: tuple[str, ...]  # inputs and leaves whose gradient rows the kernel writes
-    same_grad: dict[str, str]  # leaves whose gradient rows are those of an input (a bias on it)
+    same_grad: dict[str, tuple[tuple[Read, Read], ...]]  # leaves without; see _same_gradients
     covered: tuple[str, ...]  # inputs whose every element is read
     products: int  # accumulators of the kernel `..._linear`; 0: there is none
     why_not_linear: str
@@ -657,14 +392,9 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
 
     gradients, gradient_lines = program.gradients(outputs)
 
-    def flows(source: str) -> dict[tuple[int, int], str]:
-        """The gradient of each place of an input or leaf."""
-        return {read.place: gradients[read.name] for read in program.of(source) if read.name in gradients}
-
-    same_grad = {
-        leaf: twin for leaf in leaves for twin in inputs if flows(leaf) == flows(twin) != {} and widths[leaf] == widths[twin]
-    }
-    grads = tuple(s for s in (*inputs, *leaves) if flows(s) and s not in same_grad)
+    same_grad = _same_gradients(reads, leaves, gradients)
+    with_gradient = {read.source for read in reads if read.name in gradients}
+    grads = tuple(s for s in (*inputs, *leaves) if s in with_gradient and s not in same_grad)
     covered = tuple(s for s in widths if len(program.of(s)) * width == widths[s])
 
     params = [f"{s}_ptr, {s}_stride" for s in inputs] + [f"{s}_ptr, {s}_stride_e, {s}_stride_n" for s in leaves]
@@ -674,8 +404,10 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
     values = [_line(line) for line in program.lines]
     stores = [_store(f"v{i}_out", width, "column", value) for i, value in outputs.items()]
     g_loads = [
-        f"g{i} = tl.load(g{i}_ptr + at * g{i}_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)" for i in outputs
+        f"g{i} = tl.load(g{i}_ptr + at * g{i}_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)"
+        for i in outputs
     ]
+    g_lines = [f"{n} = {text}" for n, text in gradient_lines]
     g_stores = [
         _store(f"g_{read.source}_out", widths[read.source], read.columns, gradients[read.name])
         if read.step
@@ -687,7 +419,7 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
     about += [f"v{i} = {template.instrs[i]}" for i in segment.body]
     made = ", ".join(f"v{i} [R, {width}]" for i in outputs)
     rows = _ROWS_OF_EXPERT if leaves else _ROWS
-    text = _HEAD.format(name=name, about="\n".join(about), functions=", ".join(sorted(_FUNCTIONS)))
+    text = _HEAD.format(name=name, about="\n".join(about), functions=", ".join(sorted(FUNCTIONS)))
     text += "\n" + _POINTWISE.format(
         kernel=name, params=_params(params + out_params), width=width, rows=rows,
         doc=f"{made} from {', '.join(inputs + leaves)}.", body=indent("\n".join(loads + values + stores), " " * 4),
@@ -695,7 +427,7 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
     text += "\n\n" + _POINTWISE.format(
         kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
         doc=f"{made} and the gradients of {', '.join(grads) or 'nothing'}.",
-        body=indent("\n".join(loads + values + stores + g_loads + [f"{n} = {t}" for n, t in gradient_lines] + g_stores), " " * 4),
+        body=indent("\n".join(loads + values + stores + g_loads + g_lines + g_stores), " " * 4),
     )  # fmt: skip
 
     why_not = _why_not_linear(program, covered)
@@ -704,8 +436,30 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         text += "\n\n" + _linear(program, outputs, products, made, params[len(inputs) :] + out_params, widths)
     products_count = 0 if why_not else sum(not read.leaf for read in reads)
     return _Sources(
-        text + "\n", width, inputs, leaves, tuple(f"v{i}" for i in outputs), grads, same_grad, covered, products_count, why_not
+        text + "\n",
+        width,
+        inputs,
+        leaves,
+        tuple(f"v{i}" for i in outputs),
+        grads,
+        same_grad,
+        covered,
+        products_count,
+        why_not,
     )
+
+
+def _same_gradients(
+    reads: Sequence[Read], leaves: Sequence[str], gradients: dict[str, str]
+) -> dict[str, tuple[tuple[Read, Read], ...]]:
+    """The leaves whose gradient rows are found in those of inputs, as of a bias: (read of the leaf, read of an input)."""
+    of_input = {gradients[r.name]: r for r in reads if not r.leaf and r.name in gradients}
+    result = {}
+    for leaf in leaves:
+        own = [r for r in reads if r.source == leaf and r.name in gradients]
+        if own and all(r.step and gradients[r.name] in of_input for r in own):
+            result[leaf] = tuple((r, of_input[gradients[r.name]]) for r in own)
+    return result
 
 
 def _why_not_linear(program: _Program, covered: Sequence[str]) -> str:
@@ -722,7 +476,12 @@ def _why_not_linear(program: _Program, covered: Sequence[str]) -> str:
 
 
 def _linear(
-    program: _Program, outputs: dict[int, str], products: list[Read], made: str, params: list[str], widths: dict[str, int]
+    program: _Program,
+    outputs: dict[int, str],
+    products: list[Read],
+    made: str,
+    params: list[str],
+    widths: dict[str, int],
 ) -> str:
     """The text of the kernel `..._linear`: one accumulator for each read of an input, then the segment on them."""
     sources = list(dict.fromkeys(read.source for read in products))
@@ -733,7 +492,9 @@ def _linear(
         column = f"{p.columns}.to(tl.int64)[None, :] * {p.source}_stride_o"
         pointers.append(f"b_{p.name} = {p.source}_weight + {at} + {column}")
         pointers.append(f"{p.name} = tl.zeros((BM, BN), dtype=tl.float32)")
-        sums.append(f"{p.name} = tl.dot(left, tl.load(b_{p.name}, mask=b_mask, other=0.0), {p.name}, input_precision=PRECISION)")
+        sums.append(
+            f"{p.name} = tl.dot(left, tl.load(b_{p.name}, mask=b_mask, other=0.0), {p.name}, input_precision=PRECISION)"
+        )
         sums.append(f"b_{p.name} += BK * {p.source}_stride_i")
     saves = [_store(f"{p.source}_out", widths[p.source], p.columns, p.name) for p in products]
     body = [_load_read(read) for read in program.reads.values() if read.leaf]
@@ -751,9 +512,9 @@ def _linear(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(text: str) -> dict[str, Any]:
-    """The kernels of a generated module. Triton reads their source through linecache, under a name of the module's own."""
+    """The kernels of a generated module. Triton reads their source through linecache, by a name of its own."""
     filename = f"<moefx triton {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
     namespace: dict[str, Any] = {"__name__": "moefx.codegen.generated"}
@@ -767,8 +528,8 @@ def _module(text: str) -> dict[str, Any]:
 class Pointwise:
     """A compiled segment: `forward`, `vjp` and, unless `why_not_linear` tells why not, `linear`. Holds no tensors.
 
-    inputs: the segment's input values [R, width] in the order of `segment.inputs`. leaves: its vector leaves [E, n] in the
-    order of `segment.leaves`; [1, n] when all experts share it. offsets [E+1]: the rows of each expert.
+    inputs: the values [R, width] of `segment.inputs`. leaves: the vectors [E, n] of `segment.leaves`; [1, n] for one
+    that all experts share. offsets [E+1]: the rows of each expert.
     """
 
     def __init__(self, template: Template, segment: Segment, leaves: Sequence[Leaf], sources: _Sources) -> None:
@@ -803,25 +564,26 @@ class Pointwise:
     def vjp(
         self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], offsets: Tensor, grads: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(the outputs again, the gradient of each input, the gradient [E, n] of each leaf) for the outputs' gradients."""
+        """(the outputs again, the gradient of each input, the gradient of each leaf) for the outputs' gradients."""
         inputs, sources = self._checked(inputs, leaves), self._sources
         check_dtypes(f"{self.segment.name}.vjp", **{f"grad{n}": g for n, g in enumerate(grads)})
         rows = inputs[0].shape[0]
         outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], rows)
         made = {s: self._new_gradient(s, t.shape, t) for s, t in zip(sources.inputs, inputs)}
         for s, n in zip(sources.leaves, self._leaf_widths):
-            if s in sources.same_grad:
-                made[s] = made[sources.same_grad[s]]
-            else:  # fp32, since a sum over all rows follows
+            if s not in sources.same_grad:  # fp32, since a sum over all rows follows
                 columns = triton.cdiv(sources.width, self._block(sources.width)[1]) if n == 1 else n
                 made[s] = self._new_gradient(s, (rows, columns), inputs[0], torch.float32, whole=n == 1)
         given: list[Any] = []
         for g in grads:
             g = unit_columns(g)
             given += [g, g.stride(0)]
-        self._launch(f"{self.segment.name}_vjp", inputs, leaves, offsets, [*outputs, *given, *(made[s] for s in sources.grads)])
+        self._launch(
+            f"{self.segment.name}_vjp", inputs, leaves, offsets, [*outputs, *given, *(made[s] for s in sources.grads)]
+        )
         leaf_grads = [
-            self._leaf_gradient(made[s], leaf, n, offsets) for s, leaf, n in zip(sources.leaves, leaves, self._leaf_widths)
+            self._leaf_gradient(s, leaf, n, made, offsets)
+            for s, leaf, n in zip(sources.leaves, leaves, self._leaf_widths)
         ]
         return tuple(outputs), tuple(made[s] for s in sources.inputs), tuple(leaf_grads)
 
@@ -855,7 +617,8 @@ class Pointwise:
         experts, inner = offsets.numel() - 1, rows.shape[1]
         if [tuple(w.shape) for w in weights] != [(experts, inner, n) for n in widths]:
             raise InputError(
-                f"{name}.linear: weights {[tuple(w.shape) for w in weights]} do not fit E={experts}, I={inner}, O={widths}"
+                f"{name}.linear: weights {[tuple(w.shape) for w in weights]} do not fit "
+                f"E={experts}, I={inner}, O={widths}"
             )
         rows = unit_columns(rows)
         total = rows.shape[0] if order is None else order.numel()
@@ -870,8 +633,8 @@ class Pointwise:
                 args += [weight, *weight.stride(), product]
             with on_device(rows):
                 self._kernels[f"{name}_linear"][(tiles_m * tiles_n,)](
-                    rows, offsets if order is None else order, *args, *self._leaf_args(leaves), *outputs, offsets, inner,
-                    rows.stride(0), experts, tiles_m, tiles_n, top_k, SAVE=save, GATHER=order is not None,
+                    rows, offsets if order is None else order, *args, *self._leaf_args(leaves), *outputs, offsets,
+                    inner, rows.stride(0), experts, tiles_m, tiles_n, top_k, SAVE=save, GATHER=order is not None,
                     EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=triton_grouped.GROUP,
                     BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
                     num_warps=tile.warps, num_stages=tile.stages,
@@ -919,16 +682,25 @@ class Pointwise:
         columns = power_of_2(width, least=16, most=512)
         return ELEMENTS // columns, columns
 
-    def _leaf_gradient(self, row_grad: Tensor, leaf: Tensor, width: int, offsets: Tensor) -> Tensor:
-        """The gradient of a leaf, shaped and typed like it, from that of its rows."""
+    def _leaf_gradient(self, source: str, leaf: Tensor, n: int, made: dict[str, Tensor], offsets: Tensor) -> Tensor:
+        """The gradient of a leaf, shaped and typed like it, from gradient rows."""
         if leaf.shape[0] == 1 and offsets.numel() > 2:
             offsets = torch.stack((offsets[0], offsets[-1]))
-        summed = expert_sum(row_grad, offsets)
-        if width == 1:
-            summed = summed.sum(1)
-        return summed.reshape(leaf.shape).to(leaf.dtype)
+        if source not in self._sources.same_grad:
+            summed = expert_sum(made[source], offsets)
+            return (summed.sum(1) if n == 1 else summed).reshape(leaf.shape).to(leaf.dtype)
+        sums: dict[str, Tensor] = {}
+        gradient = leaf.new_zeros(leaf.shape[0], n)
+        for own, other in self._sources.same_grad[source]:
+            if other.source not in sums:
+                sums[other.source] = expert_sum(made[other.source], offsets)
+            columns = other.slice(self._sources.width)
+            gradient[:, own.slice(self._sources.width)] = sums[other.source][:, columns]
+        return gradient.reshape(leaf.shape)
 
-    def _new_outputs(self, dtypes: list[torch.dtype], leaves: Sequence[Tensor], like: Tensor, rows: int) -> list[Tensor]:
+    def _new_outputs(
+        self, dtypes: list[torch.dtype], leaves: Sequence[Tensor], like: Tensor, rows: int
+    ) -> list[Tensor]:
         key = (*dtypes, *(leaf.dtype for leaf in leaves))
         if key not in self._dtypes:
             self._dtypes[key] = self._output_dtypes(key)
@@ -967,7 +739,11 @@ def compile_pointwise(template: Template, segment: Segment, leaves: Sequence[Lea
     program = _Program(template, segment, leaves)
     if not segment.inputs:
         return Unsupported(f"{segment.name} reads no rows")
-    if any(isinstance(value, LeafRef) for i in segment.body for value in leaf_refs([v for _, v in template.instrs[i].kwargs])):
+    if any(
+        isinstance(value, LeafRef)
+        for i in segment.body
+        for value in leaf_refs([v for _, v in template.instrs[i].kwargs])
+    ):
         return Unsupported(f"{segment.name} passes a leaf by keyword")
     try:
         outputs = program.build()

@@ -1,9 +1,10 @@
-"""Routing metadata on the device, without host synchronisation and without atomics: a stable counting sort in two launches.
+"""Routing metadata on the device: a stable counting sort in two launches, without host synchronisation or atomics.
 
 The T*K slots are cut into blocks of BLOCK slots, and the blocks into at most GROUPS groups. `count_kernel` counts the
 experts of each group, `place_kernel` puts each slot at
 
-    row = (slots of smaller experts) + (slots of this expert in earlier groups, in earlier blocks of the group, in the block).
+    row = (slots of smaller experts)
+        + (slots of this expert before: in earlier groups, in earlier blocks of the group, in the block itself).
 
 Ids outside [0, E) count as expert E and so come last.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from moefx.codegen.triton_launch import on_device, power_of_2
 
 BLOCK = 256
@@ -29,9 +29,9 @@ def _experts_of(ids, slot, slots, experts):
 
 @triton.jit(do_not_specialize=["slots", "group_blocks"])
 def count_kernel(ids, before, counts, slots, group_blocks, experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """ids [slots] -> before [blocks, BINS], counts [groups, BINS]. Grid (groups,): program g walks over its group's blocks.
+    """ids [slots] -> before [blocks, BINS], counts [groups, BINS]. Grid (groups,): program g counts group g.
 
-    before[b, e] = slots of expert e in the blocks of b's group before block b; counts[g, e] = slots of expert e in group g.
+    counts[g, e]: slots of expert e in group g; before[b, e]: those in the blocks of b's group before block b.
     """
     group = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -49,7 +49,7 @@ def place_kernel(
     ids, before, counts, order, offsets, position, slots, group_blocks, groups, experts,
     BLOCK: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, GROUP_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Writes order [slots], position [slots], offsets [experts + 1]. Grid (blocks,): program b places the slots of block b."""
+    """Writes order [slots], position [slots], offsets [experts + 1]. Grid (blocks,): program b places block b."""
     block = tl.program_id(0)
     bins = tl.arange(0, BINS)
 

@@ -49,6 +49,8 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
         twin = probe.probe_copy(module, options.seed)
         tokens = _token_shape(example, module, experts, more)
         inputs = probe.draw(example, tokens, options.seed + more, experts)
+        if not _runs(twin, *inputs):  # inputs whose sizes hang together: try the sizes of the example
+            inputs = probe.draw(example, example.token_sizes, options.seed + more, experts)
         tries = 0
         for hypothesis in _hypotheses(twin, *inputs, near):
             try:
@@ -80,13 +82,13 @@ def _hypotheses(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 def _redrawn(twin: nn.Module, group: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[int], Trace | None]:
     """Runs the same inputs with other expert parameters (seed 0: puts the first ones back)."""
-    kept = {name: twin.get_parameter(name).detach().clone() for name in group}
+    tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
+    kept = {name: tensors[name].detach().clone() for name in group}
 
     def run(seed: int) -> Trace | None:
         generator = torch.Generator().manual_seed(seed)
         for name, first in kept.items():
-            target = twin.get_parameter(name).detach()
-            target.copy_(probe.random_like(first, first.dtype, generator) if seed else first)
+            tensors[name].detach().copy_(probe.random_like(first, first.dtype, generator) if seed else first)
         try:
             return capture(twin, *copy.deepcopy((args, kwargs))) if seed else None
         except Decline:
@@ -117,6 +119,15 @@ def _realise(module: nn.Module, twin: nn.Module, hypothesis: Hypothesis, example
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)
     variant.errors.update(errors)
     return variant
+
+
+def _runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        with torch.no_grad():
+            twin.forward(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        return True
+    except Exception:  # noqa: BLE001 - any failure of the block on these inputs
+        return False
 
 
 def _token_shape(example: probe.Example, module: nn.Module, experts: int, more: int) -> tuple[int, ...]:
@@ -324,6 +335,9 @@ def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, f
         return variant
     except Decline as reason:
         return reason
+    except Exception as error:  # noqa: BLE001 - a fault of ours must not break the user's model; it is reported as such
+        log.exception("moefx failed on %s", type(module).__name__)
+        return Decline(f"moefx itself failed on this block, please report it: {type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager

@@ -109,7 +109,10 @@ class RewrittenForward:
         bound = self.signature.bind(self.module, *args, **kwargs)
         bound.apply_defaults()
         flat_args, flat_kwargs = tuple(bound.args[1:]), dict(bound.kwargs)
+        known = len(self.variants)
         variant = self.variant_for(flat_args, flat_kwargs)
+        if len(self.variants) > known and isinstance(variant, Decline):
+            log.warning("moefx keeps the original %s for this way of calling it: %s", type(self.module).__name__, variant)
         if isinstance(variant, Decline) or self._hooked(variant):
             return self.original(*args, **kwargs)
         try:
@@ -124,7 +127,6 @@ class RewrittenForward:
             try:
                 self.variants[key] = self.analyse(self.module, args, kwargs)
             except Decline as reason:
-                log.warning("moefx keeps the original %s for this call: %s", type(self.module).__name__, reason)
                 self.variants[key] = reason
         return self.variants[key]
 

@@ -45,7 +45,8 @@ def packable(params: Sequence[Tensor]) -> bool:
 
 def pack(params: Sequence[Tensor]) -> None:
     """Makes the parameters views of one new buffer, each keeping its object and values."""
-    with torch.no_grad():
+    # Inference tensors could never be trained again, so not even inside inference_mode.
+    with torch.inference_mode(False), torch.no_grad():
         buffer = torch.empty((len(params), *params[0].shape), dtype=params[0].dtype, device=params[0].device)
         for place, p in zip(buffer, params):
             place.copy_(p)

@@ -178,7 +178,11 @@ def draw(
             if tokens in ("alike", "one"):
                 scores = scores[(0,) * len(shape)].expand_as(scores) if scores.numel() else scores
             return scores.argsort(-1)[..., : t.shape[-1]].to(t.dtype)
-        return resize(t, range(t.dim()))
+        t = resize(t, range(t.dim()))
+        if t.dim() >= 2 and t.shape[-1] == experts > 1 and t.numel() and bool(((t == 0) | (t == 1)).all()):
+            turn = torch.randint(0, experts, t.shape[:-1], generator=generator)  # a mask over experts: turn each row
+            t = t.gather(-1, (torch.arange(experts) + turn[..., None]) % experts)
+        return t
 
     args, kwargs = pytree.tree_unflatten([fresh(t) for t in leaves], spec)
     return args, kwargs

@@ -18,6 +18,7 @@ class Routing:
     kind "slots":   G[t, ids[t,k]] += scale * w[t,k];  w None means weight 1; ids_transposed: ids and w are [K, T].
     kind "gather":  G[t, ids[t,k]] += scale * w[t, ids[t,k]]   with w [T, E'].
     kind "dense":   G = scale * w, whose axis `axis` counts experts; further axes beside the tokens are summed out.
+    kind "masked":  G = scale * ids * w    with a mask ids [T, E] and one weight w per token; axes as for "dense".
     kind "choice":  G[ids[e,c], e] += scale * w[e,c]           (expert choice).
     order[l] is the expert that label l of the router means (None: the labels are the experts' own order).
     """
@@ -36,6 +37,7 @@ class Routing:
             "slots": f"top-{self.top_k} ids and weights",
             "gather": f"top-{self.top_k} ids, weights gathered from dense scores",
             "dense": "dense gate matrix with zeros",
+            "masked": "dense mask, one weight per token",
             "choice": "expert choice: each expert picks its tokens",
         }[self.kind]
         return text + ("" if self.w is not None else ", weight 1") + (f", scaled by {self.scale:g}" if self.scale != 1 else "")
@@ -80,12 +82,15 @@ def region_inputs(routing: Routing, experts: int, tokens: int, ids: Tensor | Non
         chosen = torch.zeros(experts, tokens, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), True).t()
         every = torch.arange(experts, device=ids.device).expand(tokens, experts)
         return _scaled(torch.where(chosen, every, experts), gates, routing)
-    if routing.kind == "dense":
-        assert w is not None
+    if routing.kind in ("dense", "masked"):
+        mask = w if routing.kind == "dense" else ids
+        assert mask is not None and w is not None
         if tokens == 0:
-            return torch.zeros(0, experts, dtype=torch.int64, device=w.device), w.reshape(0, experts)
-        gates = dense_gates(w, w.dim() + routing.axis, tokens)
+            return torch.zeros(0, experts, dtype=torch.int64, device=w.device), w.new_zeros(0, experts)
+        gates = dense_gates(mask, mask.dim() + routing.axis, tokens)
         assert gates is not None
+        if routing.kind == "masked":
+            gates = gates * w.reshape(-1, 1)
         gates = gates[:, list(routing.order)] if routing.order is not None else gates[:, :experts]
         every = torch.arange(experts, device=w.device).expand(tokens, experts)
         return _scaled(torch.where(gates != 0, every, experts), gates, routing)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moefx.errors import InputError, PlanError
 from moefx.ir import Plan, Region, Schedule, TaskGraph, chunk_bounds
@@ -290,9 +289,26 @@ class _RegionFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
-        tensors, saved = list(ctx.saved_tensors[: ctx.params]), ctx.saved_tensors[ctx.params :]
+        stored = ctx.saved_tensors  # read once: under checkpointing each reading computes forward again
+        tensors, saved = list(stored[: ctx.params]), stored[ctx.params :]
         _, _, need_x, _, need_w, *wanted = ctx.needs_input_grad
         gx, gw, grads = ctx.compiled.run_backward(saved, gy, tensors, wanted, need_x, ctx.matrix_dtype)
-        return None, None, gx, None, gw if need_w else None, *grads
+        result = [None, None, gx, None, gw if need_w else None, *grads]
+        if torch.is_grad_enabled():  # create_graph=True
+            result = [g if g is None else _Once.apply(g, gy, *stored) for g in result]  # type: ignore[no-untyped-call]
+        return tuple(result)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on `sources` in a way nobody can differentiate; torch would take it for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "a moefx region gives first derivatives only; for second ones put the original back with moefx.restore(model)"
+        )

@@ -326,7 +326,7 @@ class Lifter(TorchDispatchMode):
         handles, cols = flat >> COL_BITS, flat & COL_MASK
         step = cols[:, 1] - cols[:, 0] if width > 1 else torch.ones_like(cols[:, 0])
         regular = (cols == cols[:, :1] + step[:, None] * torch.arange(width)).all(-1)
-        valid = (handles == handles[:, :1]).all(-1) & regular & (handles[:, 0] > 0)
+        valid = (handles == handles[:, :1]).all(-1) & regular & (handles[:, 0] > 0) & (step >= 0)
         keys = torch.stack([handles[:, 0], cols[:, 0], step], 1)
         keys = torch.where(valid[:, None], keys, torch.tensor([[-1, 0, 0]]))
         unique, inverse = torch.unique(keys, dim=0, return_inverse=True)

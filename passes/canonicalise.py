@@ -48,7 +48,8 @@ def without_grad(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class Rewrite:
     """The canonical block. `forward(block, moe, *tensors)` returns the flat outputs; `spec` puts them together.
 
-    kept: paths of submodules that are still called; swallowed: submodules whose work the region does now.
+    kept: paths of submodules that are still called; swallowed: submodules that are not, since the region or nodes of this
+    graph do their work (hooks on those can only be honoured by the original).
     """
 
     graph: fx.Graph
@@ -149,10 +150,27 @@ class _Builder:
                 return other
         raise Decline("a size of an expert's tensor is needed outside of the experts")
 
+    def _all_live(self) -> None:
+        """Liveness from the block's results. A module of which inner values are needed too is opened up."""
+        while True:
+            self.calls, self.modules, self.visited = set(), set(), set()
+            for v in self.trace.result[0]:
+                if isinstance(v, Value):
+                    self._live(v)
+            if not any(self._is_cut(v) for v in self.visited):
+                raise Decline("the block's results do not depend on the combined output")
+            self._live_all(self.trace.result[0])
+            for call in self.trace.calls:  # buffers that the block updates keep updating
+                if any(v.origin == "buffer" for v in call.writes) and not any(v.tainted for v in call.reads()):
+                    for v in call.writes:
+                        self._live_call(call, v.object)
+            opened = [m for m in self.modules for c in self.calls if m.start <= c.index < m.stop]
+            if not opened:
+                return
+            for m in opened:
+                self.pure[m] = False
+
     def _check(self) -> None:
-        both = [m for m in self.modules for c in self.calls if m.start <= c.index < m.stop]
-        if both:
-            raise Decline(f"values from inside of {both[0].path} are needed as well as its result")
         kept = {m.path for m in self.modules}
         for path, name in self.trace.side_effects:
             if not any(path == k or path.startswith(k + ".") for k in kept):
@@ -192,16 +210,7 @@ class _Builder:
     # ------------------------------------------------------------------ writing the graph
 
     def build(self) -> Rewrite:
-        results = [v for v in self.trace.result[0] if isinstance(v, Value)]
-        for v in results:
-            self._live(v)
-        if self.cut not in self.visited and not any(self._is_cut(v) for v in self.visited):
-            raise Decline("the block's results do not depend on the combined output")
-        self._live_all(self.trace.result[0])
-        for call in self.trace.calls:  # buffers that the block updates keep updating
-            if any(v.origin == "buffer" for v in call.writes) and not any(v.tainted for v in call.reads()):
-                for v in call.writes:
-                    self._live_call(call, v.object)
+        self._all_live()
         self._check()
         self.moe = self.graph.placeholder("moe")
         for name, v in zip(self.names, self.trace.inputs):
@@ -217,9 +226,8 @@ class _Builder:
         namespace = dict(code.globals)
         exec(compile(code.src, "<moefx canonical block>", "exec"), namespace)  # noqa: S102 - our own generated source
         kept = tuple(sorted({m.path for m in self.modules}))
-        inlined = {m.path for c in self.calls for m in c.scope}
         called = {m.path for m in self.trace.module_calls}
-        swallowed = tuple(sorted(p for p in called - inlined if not any(p == k or p.startswith(k + ".") for k in kept)))
+        swallowed = tuple(sorted(p for p in called if not any(p == k or p.startswith(k + ".") for k in kept)))
         return Rewrite(self.graph, code.src.strip(), namespace["forward"], self.trace.result[1], kept, swallowed, self.guards)
 
     def _events(self) -> Iterator[tuple[tuple[int, int], Callable[[], None]]]:
@@ -285,7 +293,6 @@ class _Builder:
         if node is None:
             if v.origin not in ("param", "buffer", "attr"):
                 raise Decline(f"value {v} is used before it is made")
-            self.graph.inserting_before(None)
             node = self.env[v.object] = self.graph.create_node("get_attr", v.path)
         return node
 

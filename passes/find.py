@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,7 +109,7 @@ def _complete(lifter: Lifter, tv: int, seen: list[tuple[Piece, ...]]) -> Bank | 
                 return None
             index[labels.pop()] = b
         experts = min(s[2] for s in stacks.values() if s is not None)
-        if max(index) >= experts:
+        if max(index) >= experts or not all(s is None or _fits(lifter, tv, i, seen[0][i][0], s, experts) for i, s in stacks.items()):
             return None
         if any(s is None for s in stacks.values()) and len(index) < experts:
             return None  # some leaves are listed, and some experts were not reached
@@ -123,6 +123,27 @@ def _complete(lifter: Lifter, tv: int, seen: list[tuple[Piece, ...]]) -> Bank | 
             full.append(tuple(pieces))
         return Bank(tv, tuple(full), True)
     return Bank(tv, tuple(sorted(seen, key=lambda b: [b[i][0] for i in varying])), False)
+
+
+def _fits(lifter: Lifter, tv: int, position: int, param: int, stack: tuple[int, int, int], experts: int) -> bool:
+    """Whether the last expert's slices still lie inside of the parameter."""
+    reach = 0
+    for shape, strides in _holes(lifter, tv, position):
+        reach = max(reach, sum((n - 1) * s for n, s in zip(shape, strides)))
+    return stack[0] + (experts - 1) * stack[1] + reach < lifter.tensors[param].numel()
+
+
+def _holes(lifter: Lifter, tv: int, position: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes and strides of the parameter slices that stand at `position` of a template value's binding."""
+    node = lifter.nodes[tv]
+    if node.kind == "vector" and position == 0:
+        yield (node.width,), (node.args[0],)
+    if node.kind == "linear" and position == len(node.children[0][1]):
+        yield (node.args[0], node.width), (node.args[1], node.args[2])
+    for child, holes in node.children:
+        for inner, outer in enumerate(holes):
+            if outer == position:
+                yield from _holes(lifter, child, inner)
 
 
 def _stack(lifter: Lifter, pieces: list[Piece]) -> tuple[int, int, int] | None:
@@ -349,15 +370,25 @@ def _zero(gates: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------ 4. routing
 
 
-def explanations(trace: Trace, gates: Tensor, identity: Tensor | None, bank: Bank, before: int) -> Iterator[Routing]:
-    """Router values that reproduce G [T, E] (and the identity part), the simplest and outermost first.
+def explanations(trace: Trace, gates: Tensor, identity: Tensor | None, bank: Bank, before: int) -> list[Routing]:
+    """Router values that reproduce G [T, E] (and the identity part): the outermost first, then the simplest.
 
     before: only Values recorded earlier than this one may explain it.
     """
-    tokens, experts = gates.shape
+    depth = _visible_depth(trace)
+
+    def deepest(routing: Routing) -> int:
+        return max(depth.get(v, 0) for v in (routing.ids, routing.w) if v is not None)
+
+    return sorted(_explanations(trace, depth, gates, identity, bank, before), key=deepest)
+
+
+def _explanations(
+    trace: Trace, depth: dict[Value, int], gates: Tensor, identity: Tensor | None, bank: Bank, before: int
+) -> Iterator[Routing]:
+    tokens = gates.shape[0]
     if tokens == 0 or not bool(gates.abs().max() > 0):
         return
-    depth = _visible_depth(trace)
     router = [v for v in trace.values if not v.tainted and v.index < before and v.origin in ("input", "call") and v.tensor.numel()]
     router.sort(key=lambda v: (depth.get(v, 0), v.index))
     floats = [v for v in router if v.tensor.is_floating_point()]
@@ -377,7 +408,9 @@ def explanations(trace: Trace, gates: Tensor, identity: Tensor | None, bank: Ban
             if order is None:
                 continue
             yield from _weights_for(labels, order, gates, identity, ids, k, transposed, floats)
-    yield from _dense(gates, identity, support, bank, [*floats, *(v for v in router if v.tensor.dtype == torch.bool)])
+    masks = [v for v in router if not v.tensor.is_floating_point()]
+    yield from _dense(gates, identity, support, bank, [*floats, *(v for v in masks if v.tensor.dtype == torch.bool)], [None])
+    yield from _dense(gates, identity, support, bank, masks, [w for w in floats if w.tensor.numel() == tokens])
     yield from _expert_choice(gates, identity, integers, floats, bank)
 
 
@@ -448,26 +481,33 @@ def _agrees(made: Tensor, passed: Tensor, gates: Tensor, identity: Tensor | None
     return scale
 
 
-def _dense(gates: Tensor, identity: Tensor | None, support: Tensor, bank: Bank, candidates: list[Value]) -> Iterator[Routing]:
+def _dense(
+    gates: Tensor, identity: Tensor | None, support: Tensor, bank: Bank, candidates: list[Value], factors: Sequence[Value | None]
+) -> Iterator[Routing]:
+    """G is a recorded [T, E] tensor, or a mask [T, E] times one recorded weight per token."""
     tokens, experts = gates.shape
     if identity is not None or float(support.float().mean()) > 0.95:
         return
-    for w in candidates:
-        if w.tensor.numel() % (tokens * experts):
+    for mask in candidates:
+        if mask.tensor.numel() % (tokens * experts):
             continue
-        for axis in range(w.tensor.dim()):
-            if w.shape[axis] < experts:
+        for axis in range(mask.tensor.dim()):
+            if mask.shape[axis] < experts or (columns := dense_gates(mask.tensor, axis, tokens)) is None:
                 continue
-            made = dense_gates(w.tensor, axis, tokens)
-            if made is None:
-                continue
-            order = _column_order(made.double(), gates, bank)
-            if order is not None:
-                scale = _agrees(made[:, list(order)].double(), torch.zeros(tokens), gates, None)
+            for factor in factors:
+                made = columns.double() if factor is None else columns.double() * factor.tensor.reshape(-1, 1).double()
+                order = _column_order(made, gates, bank)
+                if order is None:
+                    continue
+                scale = _agrees(made[:, list(order)], torch.zeros(tokens), gates, None)
                 if scale is not None:
                     kept = None if order == tuple(range(made.shape[1])) else order
                     most = int(support.sum(1).max())
-                    yield Routing("dense", most, None, w, scale, axis=axis - w.tensor.dim(), order=kept)
+                    from_end = axis - mask.tensor.dim()
+                    if factor is None:
+                        yield Routing("dense", most, None, mask, scale, axis=from_end, order=kept)
+                    else:
+                        yield Routing("masked", most, mask, factor, scale, axis=from_end, order=kept)
 
 
 def _column_order(made: Tensor, gates: Tensor, bank: Bank) -> tuple[int, ...] | None:

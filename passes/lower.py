@@ -59,11 +59,15 @@ class _Chunk:
         offsets = self.name("offsets")
         return f"{offsets}[::{self.region.experts}].contiguous()" if self.region.leaves[leaf].shared else offsets
 
-    def segment(self, kind: str, step: Segment, held: str) -> None:
-        """Runs a segment; `held` is a value with one row per routed row."""
+    def spread(self, kind: str, step: Segment) -> None:
+        """Spreads the segment's vector leaves over the rows."""
+        held = step.inputs[0] if step.inputs else x_value(self.region.template)
         for leaf in step.leaves:
-            args = (f"leaf{leaf}", self.offsets_of(leaf), f"{self.name(held)}.shape[0]")
+            args = (f"leaf{leaf}", self.offsets_of(leaf), f"{self.name(f'v{held}')}.shape[0]")
             self.launch(kind, "expert_rows", (f"rows{leaf}",), args)
+
+    def segment(self, kind: str, step: Segment) -> None:
+        self.spread(kind, step)
         self.launch(kind, step.name, (f"v{i}" for i in step.outputs), self.names(_segment_args(step)))
 
 
@@ -100,13 +104,12 @@ def _forward(chunk: _Chunk) -> None:
     chunk.slices("route", ("x", "ids", "w"))
     chunk.launch("route", "route", routing, (chunk.name("ids"), region.experts))
     chunk.gather("dispatch")
-    rows = f"v{x_value(region.template)}"
     for step in steps(region.template):
         if isinstance(step, Linear):
             args = (chunk.name(f"v{step.rows}"), f"leaf{step.leaf}", chunk.offsets_of(step.leaf))
             chunk.launch("experts", "grouped_linear", (f"v{step.value}",), args)
         else:
-            chunk.segment("experts", step, rows)
+            chunk.segment("experts", step)
     w = chunk.name("w") if _needs_h(region) else None
     made = "routed" if region.identity else "y"
     args_h = (chunk.name(f"v{_result(region)}"), chunk.name("position"), w, "x.dtype")
@@ -165,12 +168,11 @@ def _backward(chunk: _Chunk) -> None:
 
     chunk.slices("d_combine", ("gy", "x", "w"))
     chunk.gather("d_combine")
-    spread: set[int] = set()  # segments whose vector leaves are spread already
     last = program[-1] if program else None
+    run_again = last if _needs_h(region) and isinstance(last, Segment) else None
     if _needs_h(region):
-        if isinstance(last, Segment):
-            chunk.segment("d_combine", last, f"v{x_rows}")
-            spread.add(len(program) - 1)
+        if run_again:
+            chunk.segment("d_combine", run_again)
         args_h = chunk.names(("gy", f"v{result}", "order", "position", "offsets", "w"))
         gw = "gw_h" if region.identity else "gw"
         chunk.launch("d_combine", "combine_backward", (gradients.part(result), gw), args_h)
@@ -178,7 +180,7 @@ def _backward(chunk: _Chunk) -> None:
         args_g = (chunk.name("gy"), chunk.name("order"), region.top_k, chunk.name("offsets"), None)
         chunk.launch("d_combine", "gather_rows", (gradients.part(result),), args_g)
 
-    for n, step in reversed(list(enumerate(program))):
+    for step in reversed(program):
         if isinstance(step, Linear):
             g = gradients.total(step.value)
             args = (g, f"leaf{step.leaf}.transpose(1, 2)", chunk.offsets_of(step.leaf))
@@ -186,10 +188,8 @@ def _backward(chunk: _Chunk) -> None:
             gradients.into_leaf(step.leaf, "grouped_wgrad", chunk.name(f"v{step.rows}"), g)
             continue
         gs = [gradients.total(value) for value in step.outputs]
-        if n not in spread:
-            for leaf in step.leaves:
-                args_r = (f"leaf{leaf}", chunk.offsets_of(leaf), f"{chunk.name(f'v{x_rows}')}.shape[0]")
-                chunk.launch("d_experts", "expert_rows", (f"rows{leaf}",), args_r)
+        if step is not run_again:  # else they are spread already
+            chunk.spread("d_experts", step)
         again = [f"v{i}" if f"v{i}" in remade else "_" for i in step.outputs]
         outs = [*again, *(gradients.part(i) for i in step.inputs), *(f"grows{i}" for i in step.leaves)]
         chunk.launch("d_experts", f"{step.name}_vjp", outs, (*chunk.names(_segment_args(step)), *gs))
