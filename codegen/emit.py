@@ -1,6 +1,7 @@
 """emit: two plans become one readable Python file: activation functions, `forward`, `backward`.
 
 The file is plain torch plus a runtime `rt` (moefx.runtime.Runtime) that holds the ops, the lanes and the events.
+An activation function is what the segment means; the runtime may have a kernel that does the same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ def emit(region: Region, forward: Plan, backward: Plan, name: str) -> str:
     parts = [
         _header(region, forward, backward, name),
         *(_segment(region.template, s) for s in segments),
-        *(_segment_vjp(s) for s in segments),
         _forward(region, forward),
         _backward(region, backward),
     ]
@@ -149,23 +149,6 @@ def _argument(value: Any, model_dtype: str) -> str:
     raise PlanError(f"cannot write {value!r} of type {type(value).__name__} in an activation function")
 
 
-def _segment_vjp(segment: Segment) -> list[str]:
-    """Runs the segment again with gradients: its results first, then the gradient of each argument."""
-    params = [f"v{i}" for i in segment.inputs] + [f"rows{i}" for i in segment.leaves]
-    results = [f"v{i}" for i in segment.outputs]
-    gs = [f"g{i}" for i in segment.outputs]
-    lines = [f"def {segment.name}_vjp({', '.join(params + gs)}):"]
-    lines += [
-        f"    {', '.join(params)} = {', '.join(f'{p}.detach().requires_grad_()' for p in params)}",
-        "    with torch.enable_grad():",
-        f"        {', '.join(results)} = {segment.name}({', '.join(params)})",
-        f"    grads = torch.autograd.grad([{', '.join(results)}], [{', '.join(params)}], [{', '.join(gs)}],"
-        " materialize_grads=True)",
-        f"    return {', '.join(f'{r}.detach()' for r in results)}, *grads",
-    ]
-    return lines
-
-
 # ------------------------------------------------------------------------------------------------ forward, backward
 
 
@@ -229,19 +212,28 @@ def _task(launches: Iterable[Launch]) -> Iterator[str]:
 
 
 def _call(x: Launch) -> str:
-    args = ", ".join(str(a) for a in x.args)
+    args = [_value(a) for a in x.args]
+    function, _, form = x.op.partition(".")
     if x.op == "slice":
         tensor, chunk = x.args
         call = f"{tensor}[tokens_{chunk}]"
     elif x.op == "cat":
-        call = f"torch.cat([{args}])"
+        call = f"torch.cat([{', '.join(args)}])"
     elif x.op == "add":
-        call = " + ".join(x.args)
-    elif x.op.startswith("act_"):
-        call = f"{x.op}({args})"
+        call = " + ".join(args)
+    elif function.startswith("act_"):
+        call = f"rt.{_ACT_FORMS[form]}({', '.join([function, *args])})"
     else:
-        call = f"rt.{x.op}({args})"
+        call = f"rt.{x.op}({', '.join(args)})"
     if x.guard:
         absent = ", ".join(["None"] * len(x.outs))
         call += f" if {x.guard} else " + (absent if len(x.outs) == 1 else f"({absent})")
     return f"{', '.join(x.outs)} = {call}" if x.outs else call
+
+
+# What the runtime calls the forms of a segment: its value, after linears, its gradient.
+_ACT_FORMS = {"": "act", "linear": "linear_act", "vjp": "act_vjp"}
+
+
+def _value(arg: Any) -> str:
+    return f"[{', '.join(map(_value, arg))}]" if isinstance(arg, tuple) else str(arg)

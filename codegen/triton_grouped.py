@@ -184,14 +184,14 @@ def gather_linear(x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets:
 @triton.jit
 def grouped_wgrad_kernel(
     rows, order, grad, offsets, out, n_in, n_out, stride_r, stride_g, stride_e, stride_i, stride_o,
-    tiles_i, tiles_o, top_k,
+    tiles_i, tiles_o, top_k, ADD: tl.constexpr,
     GATHER: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out[e] [I, O] = rows_e [n, I]^T @ grad_e [n, O]. Grid (E * tiles_i * tiles_o,): a tile of out each.
 
     A program walks over the expert's n rows in order, BR at a time; rows past the end count as zeros, so an expert
-    without rows gets zeros.
+    without rows gets zeros. With ADD the sum is added to what out holds.
     """
     expert = tl.program_id(0) // (tiles_i * tiles_o)
     tile_i, tile_o = swizzle(tl.program_id(0) % (tiles_i * tiles_o), tiles_i, tiles_o, GROUP)
@@ -210,11 +210,21 @@ def grouped_wgrad_kernel(
         right = tl.load(grad + row.to(tl.int64)[:, None] * stride_g + o, mask=held[:, None] & (o < n_out), other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     target = out + expert.to(tl.int64) * stride_e + i.to(tl.int64) * stride_i + o.to(tl.int64) * stride_o
-    tl.store(target, total.to(out.dtype.element_ty), mask=(i < n_in) & (o < n_out))
+    mask = (i < n_in) & (o < n_out)
+    if ADD:
+        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
 def _launch_wgrad(
-    rows: Tensor, order: Tensor | None, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor, op: str
+    rows: Tensor,
+    order: Tensor | None,
+    top_k: int,
+    grad: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    op: str,
+    add: bool = False,
 ) -> None:
     check_dtypes(op, same=True, rows=rows, grad=grad)
     check_dtypes(op, out=out)
@@ -232,7 +242,7 @@ def _launch_wgrad(
     with on_device(rows):
         grouped_wgrad_kernel[(experts * tiles_i * tiles_o,)](
             rows, offsets if order is None else order, grad, offsets, out, inner, columns, rows.stride(0),
-            grad.stride(0), *out.stride(), tiles_i, tiles_o, top_k, GATHER=order is not None,
+            grad.stride(0), *out.stride(), tiles_i, tiles_o, top_k, ADD=add, GATHER=order is not None,
             PRECISION=float32_precision(), GROUP=GROUP, BI=tile.rows, BO=tile.columns, BR=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -241,6 +251,11 @@ def _launch_wgrad(
 def grouped_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
     """out[e] = rows_e^T @ grad_e for every expert, out [E, I, O] any strides; see `moefx.ops.grouped_wgrad`."""
     _launch_wgrad(rows, None, 1, grad, offsets, out, "grouped_wgrad")
+
+
+def grouped_wgrad_add(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """out[e] += rows_e^T @ grad_e, rounded to out's dtype once; see `moefx.ops.grouped_wgrad_add`."""
+    _launch_wgrad(rows, None, 1, grad, offsets, out, "grouped_wgrad_add", add=True)
 
 
 def gather_wgrad(x: Tensor, order: Tensor, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor) -> None:

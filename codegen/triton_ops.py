@@ -15,7 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moefx.codegen.triton_grouped import gather_linear, gather_wgrad, grouped_linear, grouped_wgrad
+from moefx.codegen.triton_grouped import (
+    gather_linear,
+    gather_wgrad,
+    grouped_linear,
+    grouped_wgrad,
+    grouped_wgrad_add,
+)
 from moefx.codegen.triton_launch import interpreted, supports
 from moefx.codegen.triton_permute import combine, combine_backward, expert_rows, expert_sum, gather_rows, rows_backward
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
@@ -47,6 +53,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rows_backward,
         grouped_linear,
         grouped_wgrad,
+        grouped_wgrad_add,
         expert_rows,
         expert_sum,
         combine,

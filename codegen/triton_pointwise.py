@@ -89,6 +89,42 @@ class Read:
         return slice(self.start, self.start + self.step * width, self.step)
 
 
+@dataclass(frozen=True)
+class Block:
+    """One access to memory: a single read of an input, or an even and an odd read whose columns alternate (interleaved
+    gate and up), accessed as one run of 2 * BN columns and split in registers."""
+
+    reads: tuple[Read, ...]
+
+    @property
+    def source(self) -> str:
+        return self.reads[0].source
+
+    @property
+    def name(self) -> str:
+        return self.reads[0].name if len(self.reads) == 1 else f"{self.source}_pair"
+
+    @property
+    def columns(self) -> str:
+        return self.reads[0].columns if len(self.reads) == 1 else "pair_column"
+
+    @property
+    def mask(self) -> str:
+        return "mask" if len(self.reads) == 1 else "pair_mask"
+
+    def split(self) -> list[str]:
+        """The lines that give each read its name."""
+        if len(self.reads) == 1:
+            return []
+        names = ", ".join(read.name for read in self.reads)
+        return [f"{names} = tl.split(tl.reshape({self.name}, (BM, BN, 2)))"]
+
+    def join(self, values: dict[str, str]) -> str:
+        """What to store, given the value for each read by name; a missing one is zero."""
+        found = [values.get(read.name, "tl.zeros((BM, BN), dtype=tl.float32)") for read in self.reads]
+        return found[0] if len(found) == 1 else f"tl.interleave({', '.join(found)})"
+
+
 class _Decline(Exception):
     """Carries the reason out of the recursion of `_Program`."""
 
@@ -135,6 +171,15 @@ class _Program:
     def of(self, source: str) -> list[Read]:
         """The reads of an input or leaf."""
         return [read for read in self.reads.values() if read.source == source]
+
+    def blocks(self) -> list[Block]:
+        """The accesses that make all reads of inputs."""
+        result: list[Block] = []
+        for source in dict.fromkeys(read.source for read in self.reads.values() if not read.leaf):
+            reads = sorted(self.of(source), key=lambda read: read.start)
+            alternate = [read.place for read in reads] == [(0, 2), (1, 2)]
+            result += [Block(tuple(reads))] if alternate else [Block((read,)) for read in reads]
+        return result
 
     def _fresh(self, name: str) -> str:
         free = next(n for n in (name, *(f"{name}_{i}" for i in range(1, 1000))) if n not in self.names)
@@ -288,8 +333,8 @@ def {kernel}(
     """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each."""
 {rows}
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    in_width = column < {width}
-    mask = held[:, None] & in_width[None, :]
+    in_width = (column < {width})[None, :]
+    mask = held[:, None] & in_width
     at = row.to(tl.int64)[:, None]
 {body}'''
 
@@ -320,16 +365,15 @@ def {kernel}_linear(
     if row0 < end:
         row = row0 + tl.arange(0, BM)
         column = tile_n * BN + tl.arange(0, BN)
-        in_width = column < {width}
+        in_width = (column < {width})[None, :]
         inner = tl.arange(0, BK)
         a = left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER) + inner[None, :]
 {pointers}
         for i0 in range(0, n_in, BK):
             left = tl.load(a) if EVEN else tl.load(a, mask=inner[None, :] < n_in - i0, other=0.0)
-            b_mask = in_width[None, :] if EVEN else (inner[:, None] < n_in - i0) & in_width[None, :]
 {products}
             a += BK
-        mask = (row < end)[:, None] & in_width[None, :]
+        mask = (row < end)[:, None] & in_width
         at = row.to(tl.int64)[:, None]
         if SAVE:
 {saves}
@@ -348,7 +392,7 @@ class _Sources:
     grads: tuple[str, ...]  # inputs and leaves whose gradient rows the kernel writes
     same_grad: dict[str, tuple[tuple[Read, Read], ...]]  # leaves without; see _same_gradients
     covered: tuple[str, ...]  # inputs whose every element is read
-    products: int  # accumulators of the kernel `..._linear`; 0: there is none
+    products: int  # accumulators of BN columns in the kernel `..._linear`; 0: there is none
     why_not_linear: str
 
 
@@ -356,23 +400,35 @@ def _params(params: list[str]) -> str:
     return "\n".join(f"    {p}," for p in params)
 
 
-def _load_read(read: Read) -> str:
-    if not read.leaf:
-        pointer = f"{read.source}_ptr + at * {read.source}_stride + {read.columns}[None, :]"
-        return f"{read.name} = tl.load({pointer}, mask=mask, other=0.0).to(tl.float32)"
+def _load_block(block: Block) -> list[str]:
+    pointer = f"{block.source}_ptr + at * {block.source}_stride + {block.columns}[None, :]"
+    return [f"{block.name} = tl.load({pointer}, mask={block.mask}, other=0.0).to(tl.float32)", *block.split()]
+
+
+def _load_leaf(read: Read) -> str:
     pointer = f"{read.source}_ptr + expert.to(tl.int64) * {read.source}_stride_e"
     if read.step == 0:
         return f"{read.name} = tl.load({pointer}).to(tl.float32)"
-    pointer += f" + {read.columns} * {read.source}_stride_n"
-    return f"{read.name} = tl.load({pointer}, mask=in_width, other=0.0).to(tl.float32)[None, :]"
+    pointer += f" + {read.columns}[None, :] * {read.source}_stride_n"
+    return f"{read.name} = tl.load({pointer}, mask=in_width, other=0.0).to(tl.float32)"
 
 
 def _line(line: Line) -> str:
     return f"{line.name} = {line.text}  # {line.note}"
 
 
-def _store(target: str, width: int, columns: str, value: str) -> str:
-    return f"tl.store({target} + at * {width} + {columns}[None, :], {value}.to({target}.dtype.element_ty), mask=mask)"
+def _store(target: str, width: int, columns: str, value: str, mask: str = "mask") -> str:
+    return f"tl.store({target} + at * {width} + {columns}[None, :], {value}.to({target}.dtype.element_ty), mask={mask})"
+
+
+def _pair_columns(blocks: Sequence[Block], program_id: str, width: int) -> list[str]:
+    """What accesses to alternating columns need."""
+    if all(len(block.reads) == 1 for block in blocks):
+        return []
+    return [
+        f"pair_column = {program_id} * (2 * BN) + tl.arange(0, 2 * BN)",
+        f"in_pair = (pair_column < {2 * width})[None, :]",
+    ]
 
 
 def _store_sum(target: str, value: str) -> str:
@@ -400,7 +456,11 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
     params = [f"{s}_ptr, {s}_stride" for s in inputs] + [f"{s}_ptr, {s}_stride_e, {s}_stride_n" for s in leaves]
     out_params = [f"v{i}_out" for i in outputs]
     grad_params = [f"g{i}_ptr, g{i}_stride" for i in outputs] + [f"g_{s}_out" for s in grads]
-    loads = [_load_read(read) for read in reads]
+    blocks = program.blocks()
+    loads = _pair_columns(blocks, "tl.program_id(1)", width)
+    loads += ["pair_mask = held[:, None] & in_pair"] if loads else []
+    loads += [line for block in blocks for line in _load_block(block)]
+    loads += [_load_leaf(read) for read in reads if read.leaf]
     values = [_line(line) for line in program.lines]
     stores = [_store(f"v{i}_out", width, "column", value) for i, value in outputs.items()]
     g_loads = [
@@ -409,12 +469,15 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
     ]
     g_lines = [f"{n} = {text}" for n, text in gradient_lines]
     g_stores = [
-        _store(f"g_{read.source}_out", widths[read.source], read.columns, gradients[read.name])
-        if read.step
-        else _store_sum(f"g_{read.source}_out", gradients[read.name])
-        for read in reads
-        if read.name in gradients and read.source in grads
+        _store(f"g_{block.source}_out", widths[block.source], block.columns, block.join(gradients), block.mask)
+        for block in blocks
+        if any(read.name in gradients for read in block.reads)
     ]
+    for read in reads:
+        if read.leaf and read.source in grads:
+            target, value = f"g_{read.source}_out", gradients[read.name]
+            whole = _store(target, widths[read.source], read.columns, value)
+            g_stores.append(whole if read.step else _store_sum(target, value))
     about = [f"{read.name} = {read.source}[:, {read.columns}]" for read in reads]
     about += [f"v{i} = {template.instrs[i]}" for i in segment.body]
     made = ", ".join(f"v{i} [R, {width}]" for i in outputs)
@@ -432,8 +495,7 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
 
     why_not = _why_not_linear(program, covered)
     if not why_not:
-        products = [read for read in reads if not read.leaf]
-        text += "\n\n" + _linear(program, outputs, products, made, params[len(inputs) :] + out_params, widths)
+        text += "\n\n" + _linear(program, outputs, blocks, made, params[len(inputs) :] + out_params, widths)
     products_count = 0 if why_not else sum(not read.leaf for read in reads)
     return _Sources(
         text + "\n",
@@ -452,7 +514,7 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
 def _same_gradients(
     reads: Sequence[Read], leaves: Sequence[str], gradients: dict[str, str]
 ) -> dict[str, tuple[tuple[Read, Read], ...]]:
-    """The leaves whose gradient rows are found in those of inputs, as of a bias: (read of the leaf, read of an input)."""
+    """The leaves whose gradient rows are those of inputs, as of a bias: (read of the leaf, read of the input)."""
     of_input = {gradients[r.name]: r for r in reads if not r.leaf and r.name in gradients}
     result = {}
     for leaf in leaves:
@@ -478,26 +540,31 @@ def _why_not_linear(program: _Program, covered: Sequence[str]) -> str:
 def _linear(
     program: _Program,
     outputs: dict[int, str],
-    products: list[Read],
+    blocks: list[Block],
     made: str,
     params: list[str],
     widths: dict[str, int],
 ) -> str:
-    """The text of the kernel `..._linear`: one accumulator for each read of an input, then the segment on them."""
-    sources = list(dict.fromkeys(read.source for read in products))
+    """The text of the kernel `..._linear`: one accumulator for each block of an input, then the segment on them."""
+    sources = list(dict.fromkeys(block.source for block in blocks))
     weights = [f"{s}_weight, {s}_stride_e, {s}_stride_i, {s}_stride_o, {s}_out" for s in sources]
-    pointers, sums = [], []
-    for p in products:
-        at = f"expert.to(tl.int64) * {p.source}_stride_e + inner[:, None] * {p.source}_stride_i"
-        column = f"{p.columns}.to(tl.int64)[None, :] * {p.source}_stride_o"
-        pointers.append(f"b_{p.name} = {p.source}_weight + {at} + {column}")
-        pointers.append(f"{p.name} = tl.zeros((BM, BN), dtype=tl.float32)")
-        sums.append(
-            f"{p.name} = tl.dot(left, tl.load(b_{p.name}, mask=b_mask, other=0.0), {p.name}, input_precision=PRECISION)"
+    pointers, sums = _pair_columns(blocks, "tile_n", program.width), []
+    for block in blocks:
+        name, source, pair = block.name, block.source, len(block.reads) == 2
+        at = f"expert.to(tl.int64) * {source}_stride_e + inner[:, None] * {source}_stride_i"
+        pointers.append(
+            f"b_{name} = {source}_weight + {at} + {block.columns}.to(tl.int64)[None, :] * {source}_stride_o"
         )
-        sums.append(f"b_{p.name} += BK * {p.source}_stride_i")
-    saves = [_store(f"{p.source}_out", widths[p.source], p.columns, p.name) for p in products]
-    body = [_load_read(read) for read in program.reads.values() if read.leaf]
+        pointers.append(f"{name} = tl.zeros((BM, {'2 * BN' if pair else 'BN'}), dtype=tl.float32)")
+        inside = "in_pair" if pair else "in_width"
+        sums.append(f"b_mask = {inside} if EVEN else (inner[:, None] < n_in - i0) & {inside}")
+        sums.append(f"right = tl.load(b_{name}, mask=b_mask, other=0.0)")
+        sums.append(f"{name} = tl.dot(left, right, {name}, input_precision=PRECISION)")
+        sums.append(f"b_{name} += BK * {source}_stride_i")
+    saves = ["pair_mask = (row < end)[:, None] & in_pair"] if any(len(b.reads) == 2 for b in blocks) else []
+    saves += [_store(f"{b.source}_out", widths[b.source], b.columns, b.name, b.mask) for b in blocks]
+    body = [line for block in blocks for line in block.split()]
+    body += [_load_leaf(read) for read in program.reads.values() if read.leaf]
     body += [_line(line) for line in program.lines]
     body += [_store(f"v{i}_out", program.width, "column", value) for i, value in outputs.items()]
     return _LINEAR.format(

@@ -66,7 +66,9 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
     raise _best_reason(reasons, near)
 
 
-def _hypotheses(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str]) -> Iterator[Hypothesis]:
+def _hypotheses(
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str]
+) -> Iterator[Hypothesis]:
     first = Lifter(twin)
     trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
     find.side_effects(trace)
@@ -80,7 +82,9 @@ def _hypotheses(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         near.extend(dict.fromkeys(lifter.notes))
 
 
-def _redrawn(twin: nn.Module, group: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[int], Trace | None]:
+def _redrawn(
+    twin: nn.Module, group: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[int], Trace | None]:
     """Runs the same inputs with other expert parameters (seed 0: puts the first ones back)."""
     tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     kept = {name: tensors[name].detach().clone() for name in group}
@@ -97,7 +101,9 @@ def _redrawn(twin: nn.Module, group: frozenset[str], args: tuple[Any, ...], kwar
     return run
 
 
-def _realise(module: nn.Module, twin: nn.Module, hypothesis: Hypothesis, example: probe.Example, options: Options) -> Variant:
+def _realise(
+    module: nn.Module, twin: nn.Module, hypothesis: Hypothesis, example: probe.Example, options: Options
+) -> Variant:
     """A hypothesis made to run, and verified; Decline when it is refuted."""
     parameters = list(inspect.signature(type(module).forward).parameters)[1:]
     rewrite = canonicalise(hypothesis, placeholder_names(example.args, example.kwargs, parameters))
@@ -150,9 +156,15 @@ def _best_reason(reasons: list[Decline], near: list[str]) -> Decline:
     """The verdict that came furthest, with the nearest miss."""
     if reasons:
         last = reasons[0]
-        return Decline(f"a match was found but refuted: {last.reason}", "; ".join(dict.fromkeys(r.reason for r in reasons[1:4])), last.location)
+        return Decline(
+            f"a match was found but refuted: {last.reason}",
+            "; ".join(dict.fromkeys(r.reason for r in reasons[1:4])),
+            last.location,
+        )
     notes = list(dict.fromkeys(near))
-    return Decline("no routed experts: " + (notes[0] if notes else "no parameters are used like experts"), "; ".join(notes[1:4]))
+    return Decline(
+        "no routed experts: " + (notes[0] if notes else "no parameters are used like experts"), "; ".join(notes[1:4])
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the whole model
@@ -201,7 +213,9 @@ def explain(model: nn.Module, example_inputs: Any = None, options: Options | Non
         report: Report = state["report"]
         return report
     if example_inputs is None:
-        raise InputError("explain needs example_inputs for a model that is not optimised: a tuple or a dict of its arguments")
+        raise InputError(
+            "explain needs example_inputs for a model that is not optimised: a tuple or a dict of its arguments"
+        )
     report = Report()
     _rewrite(model, _run_example(model, example_inputs), options or Options(), report, replace=False)
     return report
@@ -228,7 +242,9 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
-    raise InputError(f"example_inputs is a tuple of positional or a dict of keyword arguments; got {type(example_inputs).__name__}")
+    raise InputError(
+        f"example_inputs is a tuple of positional or a dict of keyword arguments; got {type(example_inputs).__name__}"
+    )
 
 
 def _run_example(model: nn.Module, example_inputs: Any) -> search.Observation:
@@ -248,7 +264,9 @@ def _run_example(model: nn.Module, example_inputs: Any) -> search.Observation:
     except Exception as error:
         name, module = inside[-1] if inside else ("", model)
         where = f"{name or 'the model'} ({type(module).__name__}.forward{inspect.signature(type(module).forward)})"
-        raise InputError(f"the model does not run on example_inputs: {type(error).__name__} in {where}: {error}") from error
+        raise InputError(
+            f"the model does not run on example_inputs: {type(error).__name__} in {where}: {error}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -328,7 +346,9 @@ def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, f
         variant = forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
         if isinstance(variant, Decline):
             return variant
-        variant.errors["device"] = max(variant.errors.get("device", 0.0), _check_device(module, variant, example, first))
+        variant.errors["device"] = max(
+            variant.errors.get("device", 0.0), _check_device(module, variant, example, first)
+        )
         if first:
             with _mode(module, not module.training):
                 forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
@@ -361,11 +381,17 @@ def _check_device(module: nn.Module, variant: Variant, example: probe.Example, g
     try:
         expected = verify._run(lambda a, k: type(module).forward(module, *a, **k), module, args, kwargs, gradients)
     except Exception as error:  # noqa: BLE001
-        raise Decline(f"the block does not run on {dtype} {parameter.device} inputs like its example: {error}") from error
-    expected = verify.Outcome(expected.outputs, {n: None if g is None else g.cpu() for n, g in expected.gradients.items()})
+        raise Decline(
+            f"the block does not run on {dtype} {parameter.device} inputs like its example: {error}"
+        ) from error
+    expected = verify.Outcome(
+        expected.outputs, {n: None if g is None else g.cpu() for n, g in expected.gradients.items()}
+    )
     actual = verify._run(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients)
     low = verify.precision([torch.zeros((), dtype=dtype), *(v for v in expected.outputs if isinstance(v, Tensor))])
-    errors = verify.compare(expected, actual, 20 * verify.TOLERANCE[low], f"its own weights ({dtype}, {parameter.device.type})")
+    errors = verify.compare(
+        expected, actual, 20 * verify.TOLERANCE[low], f"its own weights ({dtype}, {parameter.device.type})"
+    )
     return max(errors.values())
 
 

@@ -75,7 +75,9 @@ class Moe:
 def _parameter(module: nn.Module, name: str) -> Tensor:
     owner: Any = module
     for part in name.split("."):
-        owner = owner._modules[part] if part in owner._modules else owner._parameters.get(part, owner._buffers.get(part))
+        owner = (
+            owner._modules[part] if part in owner._modules else owner._parameters.get(part, owner._buffers.get(part))
+        )
     return owner
 
 
@@ -94,7 +96,9 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 class RewrittenForward:
     """Callable at `module.forward`. `analyse(module, args, kwargs)` makes missing variants or raises Decline."""
 
-    def __init__(self, module: nn.Module, analyse: Callable[..., Variant], variants: dict[Any, Variant | Decline]) -> None:
+    def __init__(
+        self, module: nn.Module, analyse: Callable[..., Variant], variants: dict[Any, Variant | Decline]
+    ) -> None:
         self.module, self.analyse, self.variants = module, analyse, variants
         self.previous = module.__dict__.get("forward")
         self.signature = inspect.signature(type(module).forward)
@@ -112,7 +116,9 @@ class RewrittenForward:
         known = len(self.variants)
         variant = self.variant_for(flat_args, flat_kwargs)
         if len(self.variants) > known and isinstance(variant, Decline):
-            log.warning("moefx keeps the original %s for this way of calling it: %s", type(self.module).__name__, variant)
+            log.warning(
+                "moefx keeps the original %s for this way of calling it: %s", type(self.module).__name__, variant
+            )
         if isinstance(variant, Decline) or self._hooked(variant):
             return self.original(*args, **kwargs)
         try:

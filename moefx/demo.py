@@ -156,8 +156,9 @@ def batches(tokens: Tensor, count: int, seed: int) -> list[Tensor]:
 
 
 def optimize(model: nn.Module, text: Text, options: moefx.Options) -> moefx.Report:
+    """Optimise the model in place, with a small example: plans serve any number of tokens."""
     start = time.perf_counter()
-    example = batches(text.training, 1, SEED)[0]
+    example = batches(text.training, 1, SEED)[0][:2, :32]
     moefx.optimize(model, {"input_ids": example, "labels": example}, options)
     print(f"optimised  in {time.perf_counter() - start:.1f} s")
     return moefx.explain(model)
@@ -182,13 +183,14 @@ def held_out_loss(model: Any, text: Text) -> float:
 
 
 def found_table(report: moefx.Report) -> str:
-    """One line a block: what it is, and how far the optimised block is from the original in the verification."""
-    rows = [("block", "E", "K", "D", "F", "layout", "routing", "relative errors in verification")]
+    """One line a block, with its relative errors against the original in the verification; layouts below."""
+    kinds = list(dict.fromkeys(kind for block in report.found for kind in block.errors))
+    rows = [("block", "E", "K", "D", "F", "routing", *(f"{kind} error" for kind in kinds))]
     for block in report.found:
-        errors = ", ".join(f"{name} {error:.1e}" for name, error in block.errors.items())
         sizes = (str(size) for size in (block.experts, block.top_k, block.d_model, block.d_expert))
-        rows.append((block.name, *sizes, block.layout, block.routing, errors))
-    return _table(rows)
+        rows.append((block.name, *sizes, block.routing, *(f"{block.errors.get(kind, 0.0):.1e}" for kind in kinds)))
+    layouts = dict.fromkeys(f"layout: {block.layout}" for block in report.found)
+    return "\n".join([_table(rows), *layouts])
 
 
 def loss_table(original: Sequence[float], optimised: Sequence[float]) -> str:

@@ -169,7 +169,9 @@ def draw(
                 return (torch.rand(shape, generator=generator) + 0.1).to(dtype)
             noise = torch.randn(shape, generator=generator)
             if tokens in ("alike", "near"):
-                noise = torch.randn(shape[-1], generator=generator).expand(shape) + (0.01 * noise if tokens == "near" else 0)
+                noise = torch.randn(shape[-1], generator=generator).expand(shape) + (
+                    0.01 * noise if tokens == "near" else 0
+                )
             return noise.clone().to(dtype)
         if t.dim() >= 2 and tuple(t.shape) in partners and t.dtype != torch.bool:
             shape = [new_size.get(n, n) for n in t.shape[:-1]]

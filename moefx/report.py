@@ -31,7 +31,9 @@ class FoundBlock:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = f"{self.name or '(the model itself)'}: E={self.experts} K={self.top_k} D={self.d_model} F={self.d_expert}"
+        head = (
+            f"{self.name or '(the model itself)'}: E={self.experts} K={self.top_k} D={self.d_model} F={self.d_expert}"
+        )
         lines = [
             head,
             f"  routing    {self.routing}",
@@ -42,7 +44,13 @@ class FoundBlock:
         ]
         if self.same_as:
             return "\n".join([*lines, f"  same structure as {self.same_as}"])
-        for title, text in (("block", self.canonical), ("region", self.region), ("partition", self.partition), ("schedule", self.schedule), ("source", self.source)):
+        for title, text in (
+            ("block", self.canonical),
+            ("region", self.region),
+            ("partition", self.partition),
+            ("schedule", self.schedule),
+            ("source", self.source),
+        ):
             lines += [f"  {title}", *("    " + line for line in text.splitlines())]
         return "\n".join(lines)
 

@@ -40,7 +40,11 @@ class Routing:
             "masked": "dense mask, one weight per token",
             "choice": "expert choice: each expert picks its tokens",
         }[self.kind]
-        return text + ("" if self.w is not None else ", weight 1") + (f", scaled by {self.scale:g}" if self.scale != 1 else "")
+        return (
+            text
+            + ("" if self.w is not None else ", weight 1")
+            + (f", scaled by {self.scale:g}" if self.scale != 1 else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,21 @@ def dense_gates(w: Tensor, axis: int, tokens: int) -> Tensor | None:
     return moved.reshape(tokens, -1, moved.shape[-1]).sum(1)
 
 
-def region_inputs(routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def region_inputs(
+    routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """(ids [T, K], w [T, K] or None for weight 1) in the experts' own numbering; slots to skip carry id `experts`."""
     if routing.kind == "choice":
         assert ids is not None
         ids = ids.movedim(routing.axis, 0).reshape(experts, -1)
-        weights = torch.ones_like(ids, dtype=torch.get_default_dtype()) if w is None else w.movedim(routing.axis, 0).reshape(experts, -1)
-        gates = torch.zeros(experts, tokens, dtype=weights.dtype, device=ids.device).scatter_add(1, ids.long(), weights).t()
+        weights = (
+            torch.ones_like(ids, dtype=torch.get_default_dtype())
+            if w is None
+            else w.movedim(routing.axis, 0).reshape(experts, -1)
+        )
+        gates = (
+            torch.zeros(experts, tokens, dtype=weights.dtype, device=ids.device).scatter_add(1, ids.long(), weights).t()
+        )
         chosen = torch.zeros(experts, tokens, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), True).t()
         every = torch.arange(experts, device=ids.device).expand(tokens, experts)
         return _scaled(torch.where(chosen, every, experts), gates, routing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,12 +16,17 @@ from moefx.errors import InputError, PlanError
 from moefx.ir import Plan, Region, Schedule, TaskGraph, chunk_bounds
 from moefx.leaves import LeafBinder
 from moefx.ops import OPS
+from moefx.segments import Segment as SegmentStep
+from moefx.segments import steps
 
 # The lane of the caller's own stream.
 HOME_LANE = "compute"
 
 OpTable = Mapping[str, Callable[..., Any]]
-Saved = tuple[Tensor, ...]
+Saved = tuple[Tensor | None, ...]
+Tensors = Sequence[Tensor]
+# An emitted activation function.
+Segment = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
 def ops_for(device_type: str, kernels: str) -> OpTable:
@@ -61,12 +66,22 @@ def _stream(device: torch.device, lane: str) -> torch.cuda.Stream:
 class Runtime:
     """One run of a plan. Ops of the table are attributes: `rt.combine(...)`.
 
+    pointwise: kernels of segments by name, others run as torch functions; keep: whether a backward will follow.
     `delays`, a function of the lane's name, is called on entering a lane and before each record: tests put random
     waits there to bring out a missing event.
     """
 
-    def __init__(self, ops: OpTable, device: torch.device, delays: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        ops: OpTable,
+        device: torch.device,
+        pointwise: Mapping[str, Any] | None = None,
+        keep: bool = True,
+        delays: Callable[[str], None] | None = None,
+    ) -> None:
         self.ops = ops
+        self._pointwise = pointwise or {}
+        self._keep = keep
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._device = device
         self._delays = delays
@@ -153,15 +168,73 @@ class Runtime:
         if out is not None:
             self.ops["grouped_wgrad_add"](rows.to(grad.dtype), grad, offsets, out)
 
-    def expert_sum_into(self, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
-        """Writes a vector leaf's gradient."""
+    @staticmethod
+    def write(out: Tensor | None, value: Tensor) -> None:
+        """Writes a vector leaf's gradient, unless it is frozen (None)."""
         if out is not None:
-            out.copy_(self.ops["expert_sum"](grad, offsets))
+            out.copy_(value)
 
-    def expert_sum_into_add(self, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
+    @staticmethod
+    def add_into(out: Tensor | None, value: Tensor) -> None:
         """Adds to a vector leaf's gradient."""
         if out is not None:
-            out += self.ops["expert_sum"](grad, offsets)
+            out += value
+
+    # Segments: by their kernel, or by the emitted function.
+
+    def act(self, function: Segment, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> Any:
+        """The segment's outputs for inputs [R, width] and vector leaves [E, n] ([1, n] when shared)."""
+        kernel = self._pointwise.get(function.__name__)
+        outputs = kernel.forward(inputs, leaves, offsets) if kernel else self._run(function, inputs, leaves, offsets)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def linear_act(
+        self, function: Segment, rows: Tensor, weights: Tensors, leaves: Tensors, offsets: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The segment's inputs, made by linears of `rows` (None where no backward needs them), then its outputs."""
+        kernel = self._pointwise.get(function.__name__)
+        if kernel and not kernel.why_not_linear:
+            inputs, outputs = kernel.linear(rows.to(weights[0].dtype), weights, leaves, offsets, save=self._keep)
+        else:
+            inputs = [self.grouped_linear(rows, weight, offsets) for weight in weights]
+            outputs = (
+                kernel.forward(inputs, leaves, offsets) if kernel else self._run(function, inputs, leaves, offsets)
+            )
+        return (*(inputs if self._keep else [None] * len(weights)), *outputs)
+
+    def act_vjp(
+        self, function: Segment, inputs: Tensors, leaves: Tensors, offsets: Tensor, gradients: Tensors
+    ) -> tuple[Tensor, ...]:
+        """The segment's outputs again, then the gradients of its inputs and of its leaves."""
+        kernel = self._pointwise.get(function.__name__)
+        if kernel:
+            outputs, input_grads, leaf_grads = kernel.vjp(inputs, leaves, offsets, gradients)
+            return (*outputs, *input_grads, *leaf_grads)
+        with torch.enable_grad():
+            rows = [self._spread(leaf, offsets, inputs) for leaf in leaves]
+            args = [t.detach().requires_grad_() for t in (*inputs, *rows)]
+            outputs = _several(function(*args))
+        grads = torch.autograd.grad(outputs, args, gradients, materialize_grads=True)
+        sums = [self._gathered(leaf, g, offsets) for leaf, g in zip(leaves, grads[len(inputs) :])]
+        return (*(y.detach() for y in outputs), *grads[: len(inputs)], *sums)
+
+    def _run(self, function: Segment, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> tuple[Tensor, ...]:
+        return _several(function(*inputs, *(self._spread(leaf, offsets, inputs) for leaf in leaves)))
+
+    def _spread(self, leaf: Tensor, offsets: Tensor, inputs: Tensors) -> Tensor:
+        """A vector leaf over the rows, [R, n]."""
+        rows = inputs[0].shape[0]
+        return leaf.expand(rows, -1) if leaf.shape[0] == 1 else self.ops["expert_rows"](leaf, offsets, rows)
+
+    def _gathered(self, leaf: Tensor, gradient: Tensor, offsets: Tensor) -> Tensor:
+        """The gradient of a vector leaf from that of its rows: a shared leaf has all rows for its own."""
+        ends = torch.stack([offsets[0], offsets[-1]]) if leaf.shape[0] == 1 else offsets
+        result: Tensor = self.ops["expert_sum"](gradient, ends)
+        return result
+
+
+def _several(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 # ------------------------------------------------------------------------------------------------ compiled regions
@@ -179,7 +252,8 @@ class Emitted:
 class CompiledRegion:
     """A region that runs: `compiled(x, ids, w, params) -> y`. Holds no tensors, so copies of a model may share it.
 
-    delays: see `Runtime`; notes: what had to be done the slow way at the last call.
+    delays: see `Runtime`; notes: what had to be copied at the last call; without_kernel: the segments that run as torch
+    functions where a kernel was asked for, with the reasons.
     """
 
     def __init__(
@@ -196,6 +270,8 @@ class CompiledRegion:
         self.binder = LeafBinder(region.leaves)
         self.delays: Callable[[str], None] | None = None
         self.notes: tuple[str, ...] = ()
+        self._kernels: dict[str, Any] | None = None
+        self.without_kernel: dict[str, str] = {}
 
     @property
     def source(self) -> str:
@@ -212,7 +288,7 @@ class CompiledRegion:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *tensors)):
             y: Tensor = _RegionFunction.apply(self, _autocast_dtype(x.device.type), x, ids, w, *tensors)  # type: ignore[no-untyped-call]
             return y
-        return self.run_forward(x, ids, w, tensors, _autocast_dtype(x.device.type))[0]
+        return self.run_forward(x, ids, w, tensors, _autocast_dtype(x.device.type), keep=False)[0]
 
     def _check(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> None:
         region = self.region
@@ -236,12 +312,18 @@ class CompiledRegion:
         return [leaf.to(matrix_dtype) if is_matrix else leaf for leaf, is_matrix in zip(leaves, matrix)]
 
     def run_forward(
-        self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None
+        self,
+        x: Tensor,
+        ids: Tensor,
+        w: Tensor,
+        tensors: list[Tensor],
+        matrix_dtype: torch.dtype | None,
+        keep: bool = True,
     ) -> tuple[Tensor, Saved]:
-        """y and what backward needs, without recording gradients."""
+        """y and, if `keep`, what backward needs, without recording gradients."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             leaves = self._bind(tensors, matrix_dtype)
-            return self.emitted.forward(self._runtime(x.device), x, ids, w, leaves)
+            return self.emitted.forward(self._runtime(x.device, keep), x, ids, w, leaves)
 
     def run_backward(
         self,
@@ -262,8 +344,20 @@ class CompiledRegion:
             by_name = grads.finish()
         return gx, gw, [by_name[name] if want else None for name, want in zip(names, wanted)]
 
-    def _runtime(self, device: torch.device) -> Runtime:
-        return Runtime(ops_for(device.type, self.kernels), device, self.delays)
+    def _runtime(self, device: torch.device, keep: bool = True) -> Runtime:
+        ops = ops_for(device.type, self.kernels)
+        return Runtime(ops, device, self._pointwise_kernels(ops), keep, self.delays)
+
+    def _pointwise_kernels(self, ops: OpTable) -> dict[str, Any]:
+        """The kernels of the segments, where the table can make them and they can be made."""
+        if "compile_pointwise" not in ops:
+            return {}
+        if self._kernels is None:
+            segments = [step for step in steps(self.region.template) if isinstance(step, SegmentStep)]
+            made = {s.name: ops["compile_pointwise"](self.region.template, s, self.region.leaves) for s in segments}
+            self._kernels = {name: kernel for name, kernel in made.items() if kernel}
+            self.without_kernel = {name: kernel.reason for name, kernel in made.items() if not kernel}
+        return self._kernels
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -310,5 +404,5 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         raise NotImplementedError(
-            "a moefx region gives first derivatives only; for second ones put the original back with moefx.restore(model)"
+            "a moefx region gives first derivatives only; for second ones put the original back: moefx.restore(model)"
         )

@@ -62,7 +62,9 @@ def observe(model: nn.Module) -> Iterator[Observation]:
 
     plausible_names = {n for n, m in model.named_modules() if plausible(m)}
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, a, k, n=name: enter(n, m, a, k), with_kwargs=True, prepend=True))
+        handles.append(
+            module.register_forward_pre_hook(lambda m, a, k, n=name: enter(n, m, a, k), with_kwargs=True, prepend=True)
+        )
         handles.append(module.register_forward_hook(lambda m, a, out: stack.pop() and None, always_call=True))
     try:
         with _Selections(seen, stack):
@@ -86,7 +88,10 @@ def candidates(model: nn.Module, seen: Observation) -> list[str]:
     modules = dict(model.named_modules())
     picked = []
     for name, example in seen.examples.items():
-        integers = any(isinstance(x, Tensor) and not x.is_floating_point() for x in pytree.tree_leaves((example.args, example.kwargs)))
+        integers = any(
+            isinstance(x, Tensor) and not x.is_floating_point()
+            for x in pytree.tree_leaves((example.args, example.kwargs))
+        )
         if (name in seen.selects or integers) and not _repeats(modules[name], name, seen):
             picked.append(name)
     return sorted(picked, key=lambda n: (-n.count(".") - bool(n), list(modules).index(n)))
@@ -105,7 +110,11 @@ def structure_key(module: nn.Module) -> tuple[Any, ...]:
 
     def own(m: nn.Module) -> tuple[Any, ...]:
         simple = {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, bool, type(None), tuple))}
-        other = {k: id(v) for k, v in vars(m).items() if k not in simple and not k.startswith("_") and k != "forward" and not isinstance(v, Tensor)}
+        other = {
+            k: id(v)
+            for k, v in vars(m).items()
+            if k not in simple and not k.startswith("_") and k != "forward" and not isinstance(v, Tensor)
+        }
         params = tuple((n, tuple(p.shape)) for n, p in m._parameters.items() if p is not None)
         buffers = tuple((n, tuple(b.shape)) for n, b in m._buffers.items() if b is not None)
         return (type(m), repr(sorted(simple.items())), tuple(sorted(other.items())), params, buffers)

@@ -54,8 +54,8 @@ def leaf_refs(value: Any) -> list[LeafRef]:
 
 
 def live(template: Template) -> list[int]:
-    """The instructions that the result needs, in order."""
-    needed = {len(template.instrs) - 1}
+    """The token rows and the instructions that the result needs, in order."""
+    needed = {len(template.instrs) - 1, x_value(template)}
     for i in reversed(range(len(template.instrs))):
         if i in needed:
             needed.update(r.index for r in refs(operands(template.instrs[i])))
@@ -85,11 +85,13 @@ def steps(template: Template) -> tuple[Linear | Segment, ...]:
         if body := of_level(n, linear=False):
             inside = set(body)
             outside_uses = {j for i in alive if i not in inside for j in uses[i]} | {len(template.instrs) - 1}
+            inputs = {j for i in body for j in uses[i]} - inside
             result.append(
                 Segment(
                     name=f"act_{segments}",
                     body=tuple(body),
-                    inputs=tuple(sorted({j for i in body for j in uses[i]} - inside)),
+                    # One that reads leaves alone takes the token rows, to know how many rows there are.
+                    inputs=tuple(sorted(inputs or {x_value(template)})),
                     leaves=tuple(sorted({r.index for i in body for r in leaf_refs(operands(template.instrs[i]))})),
                     outputs=tuple(sorted(inside & outside_uses)),
                 )

@@ -49,7 +49,9 @@ def precision(tensors: list[Tensor]) -> torch.dtype:
     return max(floats, key=order.index, default=torch.float64)
 
 
-def verify(module: nn.Module, rewritten: Run, example: Example, experts: int, lowest: torch.dtype, skip: type[Exception]) -> dict[str, float]:
+def verify(
+    module: nn.Module, rewritten: Run, example: Example, experts: int, lowest: torch.dtype, skip: type[Exception]
+) -> dict[str, float]:
     """Compares `module` (a float64 probe copy) with its rewritten form on adversarial cases.
 
     Returns the worst relative errors, {"forward": ..., "gradient": ...}. Raises Decline with the first case that differs.
@@ -86,7 +88,9 @@ class Outcome:
 def _run(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> Outcome:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
-    differentiable = [t.requires_grad_() for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and gradients]
+    differentiable = [
+        t.requires_grad_() for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and gradients
+    ]
     passed = [t * 1 if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
     a, k = pytree.tree_unflatten(passed, spec)
     params = {n: p for n, p in module.named_parameters() if p.is_floating_point()} if gradients else {}
@@ -124,7 +128,9 @@ def _devices(module: nn.Module) -> list[torch.device]:
 def compare(expected: Outcome, actual: Outcome, tolerance: float, where: str) -> dict[str, float]:
     """Relative errors of outputs and gradients; raises Decline that says what differs on which case."""
     if len(expected.outputs) != len(actual.outputs):
-        raise Decline(f"on {where} the block returns {len(expected.outputs)} values, the rewritten one {len(actual.outputs)}")
+        raise Decline(
+            f"on {where} the block returns {len(expected.outputs)} values, the rewritten one {len(actual.outputs)}"
+        )
     forward = 0.0
     for i, (a, b) in enumerate(zip(expected.outputs, actual.outputs)):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -132,9 +138,13 @@ def compare(expected: Outcome, actual: Outcome, tolerance: float, where: str) ->
                 raise Decline(f"on {where} output {i} is {a!r} in the original and {b!r} rewritten")
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
-            raise Decline(f"on {where} output {i} is {a.dtype}{list(a.shape)} in the original and {b.dtype}{list(b.shape)} rewritten")
+            raise Decline(
+                f"on {where} output {i} is {a.dtype}{list(a.shape)} in the original and {b.dtype}{list(b.shape)} rewritten"
+            )
         forward = max(forward, _checked(a, b, 0.0, tolerance, f"on {where} output {i}"))
-    magnitude = max([float(g.abs().max()) for g in expected.gradients.values() if g is not None and g.numel()], default=0.0)
+    magnitude = max(
+        [float(g.abs().max()) for g in expected.gradients.values() if g is not None and g.numel()], default=0.0
+    )
     gradient = 0.0
     for name, a in expected.gradients.items():
         b = actual.gradients.get(name)

@@ -17,6 +17,7 @@ Nothing here knows how the block spelled its dispatch and combine. A hypothesis 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from moefx.trace import Trace, Value, values_in
 log = logging.getLogger(__name__)
 
 MAX_GROUPS = 4  # expert groups tried in one block
+MAX_SUMS = 12  # candidate combined outputs that are explained per token base
 MAX_SLOTS = 64  # routing slots K considered per token
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -314,52 +316,63 @@ class Solution:
     residual: float
 
 
-def solve_gates(trace: Trace, outputs: Tensor, x: Tensor, width: int, redraw: Callable[[Value], list[tuple[Tensor, Tensor]]]) -> list[Solution]:
-    """Least squares for every recorded tensor of T rows that depends on the experts.
+class GateSystem:
+    """The linear systems y[t] = sum_e G[t,e] f_e(x_t), one a token, factorised once for all candidates y.
 
-    outputs [T, E, d_out]: every expert on every token. redraw(value): further (outputs, value) pairs for other expert
-    parameters under the same routing, asked for when d_out equations a token do not determine E gates.
+    draws: (outputs [T, E, d_out], value -> y [T, d_out]) for one or more draws of the experts' parameters: where d_out
+    equations a token do not determine E gates, the same routing with other parameters gives more.
     """
-    solutions = []
-    count, experts = outputs.shape[0], outputs.shape[1]
-    for value in trace.values:
-        if not value.tainted or not _is_rows(value, width) or value.tensor.numel() != count * width:
-            continue
-        for identity in (False, True) if x.shape[1] == width else (False,):
-            solved = _least_squares(outputs, value.tensor.reshape(count, width), x if identity else None, lambda v=value: redraw(v))
-            if solved is None:
-                continue
-            gates, residual = solved
-            if residual <= TOLERANCE.get(value.tensor.dtype, 1e-6) and bool(torch.isfinite(gates).all()):
-                extra = gates[:, experts] if identity else None
-                solutions.append(Solution(value, gates[:, :experts], extra, residual))
-                break
-    filled = [int((s.gates.abs() > _zero(s.gates)).sum()) for s in solutions]
-    return [s for _, s in sorted(zip(filled, solutions), key=lambda p: (-p[0], p[1].combined.index))]
+
+    def __init__(self, draws: list[tuple[Tensor, Callable[[Value], Tensor | None]]], x: Tensor, identity: bool) -> None:
+        self.draws, self.identity, self.experts = draws, identity, draws[0][0].shape[1]
+        blocks = [torch.cat([f, x[:, None].to(f.dtype)], 1) if identity else f for f, _ in draws]
+        self.system = torch.cat(blocks, 2).double()  # [T, unknowns, equations]
+        normal = self.system @ self.system.transpose(1, 2)
+        self.scale = normal.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
+        self.normal = normal * self.scale[:, :, None] * self.scale[:, None, :]
+        self.factors, self.pivots, _ = torch.linalg.lu_factor_ex(self.normal)
+
+    def first(self, tokens: int) -> GateSystem:
+        """The same for the first few tokens."""
+        small = copy.copy(self)
+        small.draws = [(f[:tokens], lambda v, y=y: None if (t := y(v)) is None else t[:tokens]) for f, y in self.draws]
+        for name in ("system", "scale", "normal", "factors", "pivots"):
+            setattr(small, name, getattr(self, name)[:tokens])
+        return small
+
+    def solve(self, value: Value) -> Solution | None:
+        """The gates that make `value` a sum of expert outputs, if it is one."""
+        parts = [y(value) for _, y in self.draws]
+        if any(p is None for p in parts):
+            return None
+        target = torch.cat([p for p in parts if p is not None], 1).double()
+        norm = target.norm()
+        if not bool(torch.isfinite(target).all()) or float(norm) == 0:
+            return None
+        right = (self.system @ target[..., None]) * self.scale[..., None]
+        gates = torch.linalg.lu_solve(self.factors, self.pivots, right)
+        gates = gates + torch.linalg.lu_solve(self.factors, self.pivots, right - self.normal @ gates)  # one refinement
+        gates = (gates * self.scale[..., None]).squeeze(-1)
+        residual = float(((gates[:, None] @ self.system).squeeze(1) - target).norm() / norm)
+        if not residual <= TOLERANCE.get(value.tensor.dtype, 1e-6):
+            return None
+        return Solution(value, gates[:, : self.experts], gates[:, self.experts] if self.identity else None, residual)
 
 
-def _least_squares(
-    outputs: Tensor, y: Tensor, x: Tensor | None, more: Callable[[], list[tuple[Tensor, Tensor]]]
-) -> tuple[Tensor, float] | None:
-    """G [T, E(+1)] minimising |y - sum G f|, and the relative residual."""
-    pairs = [(outputs, y)]
-    unknowns = outputs.shape[1] + (x is not None)
-    if y.shape[1] < unknowns + 2:
-        pairs += more()
-    system = torch.cat([f if x is None else torch.cat([f, x[:, None].to(f.dtype)], 1) for f, _ in pairs], 2)
-    target = torch.cat([t for _, t in pairs], 1).double()
-    system = system.double().transpose(1, 2)  # [T, equations, unknowns]
-    if system.shape[1] < unknowns + 2 or not bool(torch.isfinite(target).all()):
-        return None
-    normal = system.transpose(1, 2) @ system
-    scale = normal.diagonal(dim1=1, dim2=2).clamp_min(1e-300).rsqrt()
-    normal = normal * scale[:, :, None] * scale[:, None, :]
-    right = (system.transpose(1, 2) @ target[..., None]).squeeze(-1) * scale
-    gates = torch.linalg.solve_ex(normal, right)[0]
-    gates = gates + torch.linalg.solve_ex(normal, right - (normal @ gates[..., None]).squeeze(-1))[0]  # one refinement
-    gates = gates * scale
-    error = (system @ gates[..., None]).squeeze(-1) - target
-    return gates, float(error.norm() / target.norm().clamp_min(1e-300))
+def solve_gates(trace: Trace, system: Callable[[bool], GateSystem], tokens: int, width: int, d_model: int) -> Iterator[Solution]:
+    """Every recorded tensor of T rows that is a weighted sum of expert outputs: the most complete sums first."""
+    rows = [v for v in trace.values if v.tainted and _is_rows(v, width) and v.tensor.numel() == tokens * width]
+    for identity in (False, True) if d_model == width else (False,):
+        if not rows:
+            return
+        full = system(identity)
+        few = full.first(24)
+        passed = [s for v in rows if (s := few.solve(v)) is not None]
+        passed.sort(key=lambda s: (-int((s.gates.abs() > _zero(s.gates)).sum()), s.combined.index))
+        for candidate in passed[:MAX_SUMS]:
+            solution = full.solve(candidate.combined)
+            if solution is not None:
+                yield solution
 
 
 def _zero(gates: Tensor) -> float:
@@ -674,28 +687,10 @@ def _output_side(
         if _gates(lifter, bank.tv) and not _linear_in_weight(evaluate, bank, x):
             near.append(f"{what}: the routing weight enters before a non-linear step")
             return
-        outputs = torch.stack([evaluate(bank.tv, b, x) for b in bank.bindings], 1)
-        further: dict[int, list[tuple[Tensor, Trace]]] = {}
-
-        def more(value: Value, x: Tensor = x, further: dict[int, list[tuple[Tensor, Trace]]] = further) -> list[tuple[Tensor, Tensor]]:
-            if 0 not in further:
-                need = -(-2 * (bank.experts + 2) // max(width, 1))
-                further[0] = []
-                for seed in range(1, min(need, 12) + 1):
-                    again = redraw(seed)
-                    if again is not None and len(again.values) == len(trace.values):
-                        again_outputs = torch.stack([evaluate(bank.tv, b, x) for b in bank.bindings], 1)
-                        further[0].append((again_outputs, again))
-                redraw(0)  # the first parameters again
-            rows = x.shape[0]
-            return [
-                (f, t.values[value.index].tensor.reshape(rows, width)) for f, t in further[0] if t.values[value.index].shape == value.shape
-            ]
-
-        solutions = solve_gates(trace, outputs, x, width, more)
-        if not solutions:
-            near.append(f"{what}: no tensor of {x.shape[0]} rows is a weighted sum of expert outputs")
-        for solution in solutions[:12]:
+        system = _gate_systems(trace, evaluate, bank, x, width, redraw)
+        found = False
+        for solution in solve_gates(trace, system, x.shape[0], width, x.shape[1]):
+            found = True
             support = solution.gates.abs() > _zero(solution.gates)
             explained = False
             for routing in explanations(trace, solution.gates, solution.identity, bank, solution.combined.index):
@@ -710,6 +705,33 @@ def _output_side(
                     f"{what}: every expert weighs every token (a dense mixture, nothing to route)"
                     if dense else f"{what}: residual {solution.residual:.1e}, but no router value explains the gates"
                 )  # fmt: skip
+        if not found:
+            near.append(f"{what}: no tensor of {x.shape[0]} rows is a weighted sum of expert outputs")
+
+
+def _gate_systems(
+    trace: Trace, evaluate: Evaluator, bank: Bank, x: Tensor, width: int, redraw: Callable[[int], Trace | None]
+) -> Callable[[bool], GateSystem]:
+    """The gate system without or with an identity part, with as many draws of expert parameters as it needs."""
+
+    def outputs() -> Tensor:
+        return torch.stack([evaluate(bank.tv, b, x) for b in bank.bindings], 1)
+
+    def reader(t: Trace) -> Callable[[Value], Tensor | None]:
+        def read(value: Value) -> Tensor | None:
+            same = t.values[value.index].tensor
+            return same.reshape(x.shape[0], width) if same.shape == value.shape else None
+
+        return read
+
+    draws = [(outputs(), reader(trace))]
+    if width < bank.experts + 3:
+        for seed in range(1, min(-(-2 * (bank.experts + 3) // width), 12) + 1):
+            again = redraw(seed)
+            if again is not None and len(again.values) == len(trace.values):
+                draws.append((outputs(), reader(again)))
+        redraw(0)  # the first parameters again
+    return lambda identity: GateSystem(draws, x, identity)
 
 
 def _linear_in_weight(evaluate: Evaluator, bank: Bank, x: Tensor) -> bool:

@@ -1,8 +1,14 @@
 """lower: tasks in lanes become launches with events and value lifetimes.
 
 Names in a plan: v{i} is template value i (v of the `x` instruction: the gathered rows), g{i} its gradient,
-leaf{i} / dleaf{i} a leaf of all experts [E, ...] and its gradient, rows{i} / grows{i} a vector leaf spread over the
-rows [R, n] and its gradient. With several chunks every name of chunk c ends in `_c`.
+leaf{i} / dleaf{i} a leaf of all experts [E, ...] and its gradient, s{i} a chunk's share of a vector leaf's gradient.
+With several chunks every name of chunk c ends in `_c`.
+
+Ops beside those of moefx.ops: slice, cat, add, join; write and add_into for a leaf's gradient; and of a segment act_i
+
+    act_i(inputs, leaves, offsets)            its outputs
+    act_i.linear(rows, weights, leaves, offsets)   its inputs, linears of the same rows, then its outputs
+    act_i.vjp(inputs, leaves, offsets, gradients)  its outputs again, the gradients of its inputs and of its leaves
 
 Saved for backward are x, w, the routing and the values which segments read (pre-activations), and the result h where
 the routing weights need it. Gathered rows and segment results are made again.
@@ -18,6 +24,9 @@ from typing import Any
 from moefx.errors import PlanError
 from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph, issue_order
 from moefx.segments import Linear, Segment, steps, x_value
+
+# The lane of the caller's own stream: here a plan begins and ends.
+HOME = "compute"
 
 # ------------------------------------------------------------------------------------------------ launches of a chunk
 
@@ -59,20 +68,13 @@ class _Chunk:
         offsets = self.name("offsets")
         return f"{offsets}[::{self.region.experts}].contiguous()" if self.region.leaves[leaf].shared else offsets
 
-    def spread(self, kind: str, step: Segment) -> None:
-        """Spreads the segment's vector leaves over the rows."""
-        held = step.inputs[0] if step.inputs else x_value(self.region.template)
-        for leaf in step.leaves:
-            args = (f"leaf{leaf}", self.offsets_of(leaf), f"{self.name(f'v{held}')}.shape[0]")
-            self.launch(kind, "expert_rows", (f"rows{leaf}",), args)
-
     def segment(self, kind: str, step: Segment) -> None:
-        self.spread(kind, step)
-        self.launch(kind, step.name, (f"v{i}" for i in step.outputs), self.names(_segment_args(step)))
+        args = (*self.reads(step), self.name("offsets"))
+        self.launch(kind, step.name, (f"v{i}" for i in step.outputs), args)
 
-
-def _segment_args(step: Segment) -> list[str]:
-    return [f"v{i}" for i in step.inputs] + [f"rows{i}" for i in step.leaves]
+    def reads(self, step: Segment) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """A segment's inputs and its vector leaves."""
+        return self.names(f"v{i}" for i in step.inputs), tuple(f"leaf{i}" for i in step.leaves)
 
 
 def _result(region: Region) -> int:
@@ -82,6 +84,29 @@ def _result(region: Region) -> int:
 def _needs_h(region: Region) -> bool:
     """The gradient of routing weights on the output is <gy, h>."""
     return region.weight_position == "output"
+
+
+def _consumers(region: Region) -> dict[int, int]:
+    """How many steps read each value; the result is read by combine as well."""
+    count = dict.fromkeys(range(len(region.template.instrs)), 0)
+    count[_result(region)] = 1
+    for step in steps(region.template):
+        for value in step.inputs if isinstance(step, Segment) else (step.rows,):
+            count[value] += 1
+    return count
+
+
+def _feeding(region: Region) -> dict[Segment, list[Linear]]:
+    """Segments that read linears of the same rows and nothing else, which nothing else reads: one launch runs both."""
+    program, readers = steps(region.template), _consumers(region)
+    linears = {step.value: step for step in program if isinstance(step, Linear)}
+    result = {}
+    for step in program:
+        if isinstance(step, Segment) and step.inputs and all(i in linears and readers[i] == 1 for i in step.inputs):
+            feeding = [linears[i] for i in step.inputs]
+            if len({linear.rows for linear in feeding}) == 1 and not any(region.leaves[f.leaf].shared for f in feeding):
+                result[step] = feeding
+    return result
 
 
 def _saved_of_chunk(region: Region) -> list[str]:
@@ -104,12 +129,19 @@ def _forward(chunk: _Chunk) -> None:
     chunk.slices("route", ("x", "ids", "w"))
     chunk.launch("route", "route", routing, (chunk.name("ids"), region.experts))
     chunk.gather("dispatch")
+    feeding = _feeding(region)
+    fused = {linear for linears in feeding.values() for linear in linears}
     for step in steps(region.template):
-        if isinstance(step, Linear):
-            args = (chunk.name(f"v{step.rows}"), f"leaf{step.leaf}", chunk.offsets_of(step.leaf))
-            chunk.launch("experts", "grouped_linear", (f"v{step.value}",), args)
-        else:
+        if isinstance(step, Segment) and step in feeding:
+            linears = feeding[step]
+            weights = tuple(f"leaf{linear.leaf}" for linear in linears)
+            args = (chunk.name(f"v{linears[0].rows}"), weights, chunk.reads(step)[1], chunk.name("offsets"))
+            chunk.launch("experts", f"{step.name}.linear", (f"v{i}" for i in (*step.inputs, *step.outputs)), args)
+        elif isinstance(step, Segment):
             chunk.segment("experts", step)
+        elif step not in fused:
+            args_l = (chunk.name(f"v{step.rows}"), f"leaf{step.leaf}", chunk.offsets_of(step.leaf))
+            chunk.launch("experts", "grouped_linear", (f"v{step.value}",), args_l)
     w = chunk.name("w") if _needs_h(region) else None
     made = "routed" if region.identity else "y"
     args_h = (chunk.name(f"v{_result(region)}"), chunk.name("position"), w, "x.dtype")
@@ -140,22 +172,20 @@ class _Gradients:
             self.chunk.launch("d_experts", "add", (f"g{value}",), self.chunk.names(parts))
         return self.chunk.name(f"g{value}")
 
-    def into_leaf(self, leaf: int, op: str, *values: str) -> None:
-        """Adds to a leaf's gradient; the first chunk's first contribution writes."""
+    def is_first(self, leaf: int) -> bool:
+        """Whether nothing has been put into the leaf's gradient: the first share is written, later ones are added."""
         first = self.chunk.chunk == 0 and leaf not in self.written
         self.written.add(leaf)
-        args = (*values, self.chunk.offsets_of(leaf), f"dleaf{leaf}")
-        self.chunk.launch("w_experts", op if first else f"{op}_add", (), args)
+        return first
 
+    def into_matrix(self, step: Linear, g: str) -> None:
+        op = "grouped_wgrad" if self.is_first(step.leaf) else "grouped_wgrad_add"
+        args = (self.chunk.name(f"v{step.rows}"), g, self.chunk.offsets_of(step.leaf), f"dleaf{step.leaf}")
+        self.chunk.launch("w_experts", op, (), args)
 
-def _consumers(region: Region) -> dict[int, int]:
-    """How many steps read each value; the result is read by combine as well."""
-    count = dict.fromkeys(range(len(region.template.instrs)), 0)
-    count[_result(region)] = 1
-    for step in steps(region.template):
-        for value in step.inputs if isinstance(step, Segment) else (step.rows,):
-            count[value] += 1
-    return count
+    def into_vector(self, leaf: int) -> None:
+        op = "write" if self.is_first(leaf) else "add_into"
+        self.chunk.launch("w_experts", op, (), (f"dleaf{leaf}", self.chunk.name(f"s{leaf}")))
 
 
 def _backward(chunk: _Chunk) -> None:
@@ -163,16 +193,11 @@ def _backward(chunk: _Chunk) -> None:
     x_rows, result = x_value(region.template), _result(region)
     remade = {f"v{step.rows}" for step in program if isinstance(step, Linear)}.difference(_saved_of_chunk(region))
     gradients = _Gradients(chunk, _consumers(region))
-    if not gradients.consumers[x_rows]:
-        raise PlanError(f"the expert template does not read the token rows:\n{region.template}")
-
     chunk.slices("d_combine", ("gy", "x", "w"))
     chunk.gather("d_combine")
-    last = program[-1] if program else None
-    run_again = last if _needs_h(region) and isinstance(last, Segment) else None
     if _needs_h(region):
-        if run_again:
-            chunk.segment("d_combine", run_again)
+        if program and isinstance(program[-1], Segment):
+            chunk.segment("d_combine", program[-1])
         args_h = chunk.names(("gy", f"v{result}", "order", "position", "offsets", "w"))
         gw = "gw_h" if region.identity else "gw"
         chunk.launch("d_combine", "combine_backward", (gradients.part(result), gw), args_h)
@@ -185,16 +210,14 @@ def _backward(chunk: _Chunk) -> None:
             g = gradients.total(step.value)
             args = (g, f"leaf{step.leaf}.transpose(1, 2)", chunk.offsets_of(step.leaf))
             chunk.launch("d_experts", "grouped_linear", (gradients.part(step.rows),), args)
-            gradients.into_leaf(step.leaf, "grouped_wgrad", chunk.name(f"v{step.rows}"), g)
+            gradients.into_matrix(step, g)
             continue
-        gs = [gradients.total(value) for value in step.outputs]
-        if step is not run_again:  # else they are spread already
-            chunk.spread("d_experts", step)
+        gs = tuple(gradients.total(value) for value in step.outputs)
         again = [f"v{i}" if f"v{i}" in remade else "_" for i in step.outputs]
-        outs = [*again, *(gradients.part(i) for i in step.inputs), *(f"grows{i}" for i in step.leaves)]
-        chunk.launch("d_experts", f"{step.name}_vjp", outs, (*chunk.names(_segment_args(step)), *gs))
+        outs = [*again, *(gradients.part(i) for i in step.inputs), *(f"s{i}" for i in step.leaves)]
+        chunk.launch("d_experts", f"{step.name}.vjp", outs, (*chunk.reads(step), chunk.name("offsets"), gs))
         for leaf in step.leaves:
-            gradients.into_leaf(leaf, "expert_sum_into", chunk.name(f"grows{leaf}"))
+            gradients.into_vector(leaf)
 
     parts = gradients.parts[x_rows]
     if len(parts) > 1:
@@ -228,13 +251,13 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
     saved = _saved(region, graph.degree) if forward else ()
     leaves = tuple(f"leaf{i}" for i in range(len(region.leaves)))
     if len(lanes) > 1:
-        launches.append(Launch("join", lanes[0], "join", (), ()))
+        launches.append(Launch("join", HOME, "join", (), ()))
     if graph.degree > 1:
         parts = [tuple(f"{out}_{c}" for c in range(graph.degree)) for out in outputs]
-        launches += [Launch("join", lanes[0], "cat", (out,), args) for out, args in zip(outputs, parts)]
+        launches += [Launch("join", HOME, "cat", (out,), args) for out, args in zip(outputs, parts)]
     if not forward:
         launches = _guarded(launches)
-    launches = _with_uses(launches, keep={*outputs, *saved}, home=lanes[0])
+    launches = _with_uses(launches, keep={*outputs, *saved})
     launches = _with_frees(launches, keep={*outputs, *saved})
     inputs = ("x", "ids", "w", *leaves)
     if not forward:
@@ -246,8 +269,13 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
 
 def values_of(launch: Launch) -> list[str]:
     """Names of the values that a launch reads."""
-    expressions = [a for a in launch.args if isinstance(a, str)]
-    return [re.match(r"\w+", a).group() for a in expressions]  # type: ignore[union-attr]
+
+    def expressions(arg: Any) -> list[str]:
+        if isinstance(arg, tuple):
+            return [e for a in arg for e in expressions(a)]
+        return [arg] if isinstance(arg, str) else []
+
+    return [re.match(r"\w+", e).group() for e in expressions(launch.args)]  # type: ignore[union-attr]
 
 
 def _with_events(launches: list[Launch], graph: TaskGraph, schedule: Schedule) -> list[Launch]:
@@ -267,10 +295,10 @@ def _with_events(launches: list[Launch], graph: TaskGraph, schedule: Schedule) -
     ]
 
 
-def _with_uses(launches: list[Launch], keep: set[str], home: str) -> list[Launch]:
+def _with_uses(launches: list[Launch], keep: set[str]) -> list[Launch]:
     """Names, at each task's first launch, the values of other lanes that its lane holds from there on.
 
-    An allocator that reuses memory stream by stream has to know. What outlives the plan is held by the lane `home`.
+    An allocator that reuses memory stream by stream has to know. What outlives the plan is held by the lane HOME.
     """
     made = {out: x.lane for x in launches if x.op != "slice" for out in x.outs}
     held: set[tuple[str, str]] = set()
@@ -289,7 +317,7 @@ def _with_uses(launches: list[Launch], keep: set[str], home: str) -> list[Launch
 
 def _with_frees(launches: list[Launch], keep: set[str]) -> list[Launch]:
     """Frees every row-sized value after its last use."""
-    made = {out for x in launches for out in x.outs if re.match(r"(v|g|rows|grows)\d", out)}
+    made = {out for x in launches for out in x.outs if re.match(r"[vgs]\d", out)}
     last = {value: n for n, x in enumerate(launches) for value in values_of(x) if value in made - keep}
     ends: dict[int, list[str]] = {}
     for value, n in last.items():

@@ -21,9 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 D, E, K, H = 64, 8, 2, 32
 
-EXACT = 1e-9  # relative tolerance in float64
-FLOAT32_INSIDE = 1e-5  # the style itself rounds to float32 on the way
-
 Inputs = tuple[Any, ...]
 TokenShape = tuple[int, int]  # batch, sequence
 MakeInputs = Callable[[TokenShape, int], Inputs]
@@ -40,7 +37,12 @@ class Style:
     note: str
     expect: Expectation = "found"
     train: Expectation = "found"  # the same question for a copy that is optimized in training mode
-    tolerance: float = EXACT
+    dtype: torch.dtype = torch.float64  # what to compare in: float32 for styles that go through float32 on the way
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error allowed, relative to the largest value of the tensor."""
+        return {torch.float64: 1e-9, torch.float32: 1e-5}[self.dtype]
 
 
 Registry = dict[str, Callable[[], Style]]
@@ -61,7 +63,7 @@ def registrar(registry: Registry, default: Expectation) -> Callable[..., Callabl
         expect: Expectation = default,
         train: Expectation | None = None,
         training: bool = False,
-        tolerance: float = EXACT,
+        dtype: torch.dtype = torch.float64,
         **arguments: Any,
     ) -> Callable[[Any], Any]:
         def register(factory: Any) -> Any:
@@ -76,7 +78,7 @@ def registrar(registry: Registry, default: Expectation) -> Callable[..., Callabl
                     note=note,
                     expect=expect,
                     train=train or expect,
-                    tolerance=tolerance,
+                    dtype=dtype,
                 )
 
             key = name or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", factory.__name__).lower()
@@ -349,7 +351,7 @@ def pytorch_mixtures_topk() -> nn.Module:
     "esmoe: convolutional experts, one routing decision an image",
     make_inputs=small_images,
     expect="found_or_declined",
-    tolerance=FLOAT32_INSIDE,
+    dtype=torch.float32,
 )
 def esmoe_block() -> nn.Module:
     package = importlib.import_module("esmoe")
@@ -358,7 +360,7 @@ def esmoe_block() -> nn.Module:
 
 @positive(
     "as in litgpt: masks from a comparison with arange, `out[token] += ...`, softmax in float32",
-    tolerance=FLOAT32_INSIDE,
+    dtype=torch.float32,
 )
 class LitgptLlamaMoe(nn.Module):
     def __init__(self) -> None:
@@ -379,7 +381,7 @@ class LitgptLlamaMoe(nn.Module):
         return out.view(batch, length, width)
 
 
-@positive("as in torchtitan: counts kept in a buffer, stable argsort, grouped_mm in float32", tolerance=FLOAT32_INSIDE)
+@positive("as in torchtitan: counts kept in a buffer, stable argsort, grouped_mm in float32", dtype=torch.float32)
 class TorchtitanMoe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -780,7 +782,7 @@ class ScaledInputsDense(StackMoe):
         return torch.bmm(hidden, self.w2).sum(0).view_as(x)
 
 
-@positive("grouped_mm in float32 over tokens sorted by expert", tolerance=FLOAT32_INSIDE)
+@positive("grouped_mm in float32 over tokens sorted by expert", dtype=torch.float32)
 class GroupedMm(StackMoe):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, D)
@@ -1642,7 +1644,7 @@ class TwoLayerRouter(ListMoe):
         self.router = nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, E))
 
 
-@positive("router in float32 whatever the model has, float32 softmax", tolerance=FLOAT32_INSIDE)
+@positive("router in float32 whatever the model has, float32 softmax", dtype=torch.float32)
 class Float32Router(ModularMoe):
     def __init__(self) -> None:
         super().__init__(WideRouter())

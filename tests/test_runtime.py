@@ -118,6 +118,30 @@ def test_a_leaf_used_twice():
     assert_equal_to_reference(region, regions.inputs(region, 9), params, [1, 3])
 
 
+def test_template_that_ignores_its_rows():
+    constant = Instr("op", "aten.mul.Tensor", (LeafRef(0), 2.0), width=D)
+    region = Region(E, 2, D, D, D, Template((regions.X, constant)), (regions.stacked("b", D),))
+    params = {"b": torch.randn(E, D, dtype=torch.float64, requires_grad=True)}
+    assert_equal_to_reference(region, regions.inputs(region, 9), params, [1, 2])
+
+
+def test_leaf_computed_before_its_use():
+    instrs = (
+        regions.X,
+        regions.op("exp.default", LeafRef(0), width=F),
+        regions.linear(0, 1, F),
+        regions.op("mul.Tensor", Ref(2), Ref(1), width=F),
+        regions.linear(3, 2, D),
+    )
+    leaves = (regions.stacked("log_scale", F), *STYLES["plain_relu"]()[1])
+    region = Region(E, 2, D, D, F, Template(instrs), leaves)
+    params = {
+        "log_scale": torch.randn(E, F, dtype=torch.float64, requires_grad=True),
+        **regions.parameters("plain_relu"),
+    }
+    assert_equal_to_reference(region, regions.inputs(region, 9), params, [1, 2])
+
+
 def test_part_of_a_parameter():
     """What the region does not use of a parameter gets a gradient of zero."""
     region = Region(

@@ -139,8 +139,16 @@ def compare(mine: Outcome, reference: Outcome, before: dict[str, Any], tolerance
 # --------------------------------------------------------------------------------------------------------- inputs
 
 
-def to_double(inputs: Inputs) -> Inputs:
-    return tuple(value.double() if value.is_floating_point() else value for value in inputs)
+def module_of(style: Style) -> nn.Module:
+    return style.module.double() if style.dtype == torch.float64 else style.module.float()
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+
+
+def example_of(style: Style) -> Inputs:
+    return cast(style.example_inputs, style.dtype)
 
 
 def skewed(inputs: Inputs, seed: int) -> Inputs:
@@ -160,11 +168,14 @@ def skewed(inputs: Inputs, seed: int) -> Inputs:
 
 def trials(style: Style) -> Iterator[tuple[str, Inputs]]:
     """Inputs that the engine was not shown."""
-    yield "another shape", style.make_inputs((3, 23), 1)
-    yield "one token", style.make_inputs((1, 1), 2)
-    yield "many tokens", style.make_inputs((5, 37), 3)
-    yield "skewed", skewed(style.make_inputs((2, 31), 4), 5)
-    yield "one token again", style.make_inputs((1, 1), 6)
+    for label, inputs in (
+        ("another shape", style.make_inputs((3, 23), 1)),
+        ("one token", style.make_inputs((1, 1), 2)),
+        ("many tokens", style.make_inputs((5, 37), 3)),
+        ("skewed", skewed(style.make_inputs((2, 31), 4), 5)),
+        ("one token again", style.make_inputs((1, 1), 6)),
+    ):
+        yield label, cast(inputs, style.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- verdict
@@ -180,11 +191,11 @@ class Verdict:
 
 def judge(style: Style, train: bool) -> Verdict:
     """Optimize a copy of the style's module and compare it with the original."""
-    original = style.module.double().train(train)
+    original = module_of(style).train(train)
     module = copy.deepcopy(original)
     parameters = dict(module.named_parameters())
 
-    if moefx.optimize(module, example_inputs=to_double(style.example_inputs)) is not module:
+    if moefx.optimize(module, example_inputs=example_of(style)) is not module:
         return Verdict("wrong", "optimize returned another object")
     report = moefx.explain(module)
     after = dict(module.named_parameters())
@@ -194,8 +205,8 @@ def judge(style: Style, train: bool) -> Verdict:
     for label, inputs in trials(style):
         for grad in (True, False):
             before = state_of(original)
-            reference = call(original, to_double(inputs), seed=7, grad=grad)
-            mine = call(module, to_double(inputs), seed=7, grad=grad)
+            reference = call(original, inputs, seed=7, grad=grad)
+            mine = call(module, inputs, seed=7, grad=grad)
             if why := compare(mine, reference, before, tolerance):
                 return Verdict("wrong", f"{label}{'' if grad else ', no_grad'}: {why}")
     if report.found:
@@ -217,9 +228,9 @@ def build(name: str) -> Style:
 @pytest.mark.parametrize("name", STYLES)
 def test_style_runs_by_itself(name: str) -> None:
     style = build(name)
-    module = style.module.double()
+    module = module_of(style)
     for _, inputs in trials(style):
-        outcome = call(module, to_double(inputs), seed=7)
+        outcome = call(module, inputs, seed=7)
         for value in (*outcome.values.values(), *outcome.gradients.values()):
             assert not isinstance(value, Tensor) or value.isfinite().all()
 
@@ -248,24 +259,24 @@ SWITCHED = ["dropout_experts", "batch_norm_experts", "noisy_top_k", "load_tracki
 def test_mode_switched_after_optimize(name: str, train: bool) -> None:
     """What was learnt in one mode must not be used in the other."""
     style = build(name)
-    original = style.module.double().train(not train)
+    original = module_of(style).train(not train)
     module = copy.deepcopy(original)
-    moefx.optimize(module, example_inputs=to_double(style.example_inputs))
+    moefx.optimize(module, example_inputs=example_of(style))
     original.train(train)
     module.train(train)
     for label, inputs in trials(style):
         before = state_of(original)
-        reference = call(original, to_double(inputs), seed=7)
-        assert not compare(call(module, to_double(inputs), seed=7), reference, before, style.tolerance), label
+        reference = call(original, inputs, seed=7)
+        assert not compare(call(module, inputs, seed=7), reference, before, style.tolerance), label
 
 
 @pytest.mark.parametrize("arguments", [{"return_logits": True}, {"temperature": 0.5}, {"top_k": 3}], ids=str)
 def test_keyword_arguments_after_optimize(arguments: dict[str, Any]) -> None:
     """Arguments that the example did not have still mean what they meant."""
     style = build("keyword_arguments")
-    original = style.module.double()
-    module = moefx.optimize(copy.deepcopy(original), example_inputs=to_double(style.example_inputs))
-    (x,) = to_double(style.make_inputs((3, 23), 1))
+    original = module_of(style)
+    module = moefx.optimize(copy.deepcopy(original), example_inputs=example_of(style))
+    (x,) = cast(style.make_inputs((3, 23), 1), style.dtype)
     for (_, mine), (_, reference) in zip(
         flatten(module(x, **arguments)), flatten(original(x, **arguments)), strict=True
     ):

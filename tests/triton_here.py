@@ -29,11 +29,11 @@ from moefx.codegen.triton_launch import interpreted  # noqa: E402
 READY = DEVICE == "cuda" or (interpreted() and not isinstance(tl.sum, JITFunction))
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
-needs_triton = pytest.mark.skipif(not READY, reason="triton was imported without the interpreter; see the rerun")
+needs_triton = pytest.mark.skipif(not READY, reason="triton came up without its interpreter: see test_triton_rerun")
 
 
 def rerun(file: str) -> None:
-    """Runs a test file again with the interpreter on."""
+    """Runs a test file with the interpreter on, in a process of its own, where it does not run in this one."""
     if READY:
         pytest.skip("the tests of this file run here")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
