@@ -674,7 +674,7 @@ class Pointwise:
         """(the linears' results if `save`, the outputs) of the segment in the epilogue of the linears that feed it.
 
         rows [R, I]; or, with order [T*K], the tokens [T, I] whose rows are gathered on the way. weights: one [E, I, O]
-        (any strides) for each of the segment's inputs.
+        (any strides; [1, I, O] when shared) for each of the segment's inputs.
         """
         name, sources = self.segment.name, self._sources
         if sources.why_not_linear:
@@ -682,6 +682,7 @@ class Pointwise:
         check_dtypes(f"{name}.linear", same=True, rows=rows, **{f"weight{n}": w for n, w in enumerate(weights)})
         widths = [self.template.instrs[i].width for i in self.segment.inputs]
         experts, inner = offsets.numel() - 1, rows.shape[1]
+        weights = [w.expand(experts, -1, -1) if w.shape[0] == 1 else w for w in weights]
         if [tuple(w.shape) for w in weights] != [(experts, inner, n) for n in widths]:
             raise InputError(
                 f"{name}.linear: weights {[tuple(w.shape) for w in weights]} do not fit "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moefx import probe, search, verify
-from moefx.block import RewrittenForward, Variant, install, rewritten, uninstall
+from moefx.block import RewrittenForward, Variant, call_key, install, rewritten, uninstall
 from moefx.build import compile_region
 from moefx.errors import Decline, InputError
 from moefx.options import Options
@@ -52,7 +52,7 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
         if not _runs(twin, *inputs):  # inputs whose sizes hang together: try the sizes of the example
             inputs = probe.draw(example, example.token_sizes, options.seed + more, experts)
         tries = 0
-        for hypothesis in _hypotheses(twin, *inputs, near):
+        for hypothesis in _hypotheses(twin, *inputs, near, more == 1):
             try:
                 return _realise(module, twin, hypothesis, example, options)
             except Decline as reason:
@@ -61,7 +61,7 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
                 tries += 1
                 if tries == MAX_HYPOTHESES:
                     break
-        if not reasons:
+        if not reasons and not near:
             break
     raise _best_reason(reasons, near)
 
@@ -78,6 +78,9 @@ def _hypotheses(
     for group in groups:
         lifter = Lifter(twin, group)
         trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
+        if all_reached and (missing := find.unreached(twin, lifter)):
+            near.append(f"no token reached the expert that owns {missing[0]}")
+            return
         yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
         near.extend(dict.fromkeys(lifter.notes))
 
@@ -88,15 +91,18 @@ def _redrawn(
     """Runs the same inputs with other expert parameters (seed 0: puts the first ones back)."""
     tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     kept = {name: tensors[name].detach().clone() for name in group}
+    traces: dict[int, Trace | None] = {0: None}
 
     def run(seed: int) -> Trace | None:
         generator = torch.Generator().manual_seed(seed)
         for name, first in kept.items():
             tensors[name].detach().copy_(probe.random_like(first, first.dtype, generator) if seed else first)
-        try:
-            return capture(twin, *copy.deepcopy((args, kwargs))) if seed else None
-        except Decline:
-            return None
+        if seed not in traces:
+            try:
+                traces[seed] = capture(twin, *copy.deepcopy((args, kwargs)))
+            except Decline:
+                traces[seed] = None
+        return traces[seed]
 
     return run
 
@@ -115,12 +121,12 @@ def _realise(
         ("lower", "\n".join(map(str, compiled.plans))),
         ("emit", compiled.source),
     )
+    lowest = verify.precision([v.tensor for v in hypothesis.trace.values])
     location = f"{inspect.getsourcefile(type(module)) or '?'}:{_first_line(type(module))}"
     variant = Variant(
         compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
-        rewrite.swallowed, GuardFailed, {}, location, stages,
+        rewrite.swallowed, GuardFailed, lowest, {}, location, stages,
     )  # fmt: skip
-    lowest = verify.precision([v.tensor for v in hypothesis.trace.values])
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)
     variant.errors.update(errors)
@@ -351,13 +357,27 @@ def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, f
         )
         if first:
             with _mode(module, not module.training):
-                forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
+                _try_mode(forward, variant, example)
         return variant
     except Decline as reason:
         return reason
     except Exception as error:  # noqa: BLE001 - a fault of ours must not break the user's model; it is reported as such
         log.exception("moefx failed on %s", type(module).__name__)
         return Decline(f"moefx itself failed on this block, please report it: {type(error).__name__}: {error}")
+
+
+def _try_mode(forward: RewrittenForward, variant: Variant, example: probe.Example) -> None:
+    """The same block in its other mode: the same rewriting if it verifies there too, else an analysis of its own."""
+    args, kwargs = copy.deepcopy((example.args, example.kwargs))
+    key = call_key(forward.module, args, kwargs)
+    if key in forward.variants:
+        return
+    twin = probe.probe_copy(forward.module, 1)
+    try:
+        verify.verify(twin, lambda a, k: variant.run(twin, a, k), example, variant.region.experts, variant.lowest, variant.skip)
+        forward.variants[key] = variant
+    except Decline:
+        forward.variant_for(args, kwargs)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ class Variant:
     kept: tuple[str, ...]
     swallowed: tuple[str, ...]
     skip: type[Exception]  # raised by `forward` when sizes branch differently
+    lowest: torch.dtype  # the least precise dtype of the analysis: what a comparison may expect
     errors: dict[str, float]
     location: str
     stages: tuple[tuple[str, str], ...]  # (stage, text)

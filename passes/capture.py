@@ -76,7 +76,7 @@ class Recorder(TorchFunctionMode):
         self._alive.append(tensor)
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         keep = origin not in ("param", "buffer", "attr") and not wrapped
-        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
             snapshot = tensor.detach().clone() if keep else tensor.detach()
         storage, version = (-1, -1) if wrapped else (tensor.untyped_storage()._cdata, tensor._version)
         value = Value(len(self.values), snapshot, storage, version, origin, path, producer, root)

@@ -764,10 +764,17 @@ def _input_side(
     near.append(f"{what}: nor are weights found on the input side")
 
 
-def unreached(module: nn.Module, bank_params: frozenset[str]) -> list[str]:
-    """Parameters shaped like the experts' that no template uses: experts which no token reached, perhaps."""
-    shapes = {tuple(module.get_parameter(n).shape) for n in bank_params}
-    return [n for n, p in module.named_parameters() if n not in bank_params and tuple(p.shape) in shapes]
+def unreached(module: nn.Module, lifter: Lifter) -> list[str]:
+    """Matrices shaped like those of listed experts that no expert uses: experts which no token reached, perhaps."""
+    found = banks(lifter)
+    if not found or found[0].stacked:
+        return []
+    leaves = write_template(lifter, found[0])[1]
+    used = {name for leaf in leaves for name in leaf.params}
+    tensors = dict(module.named_parameters())
+    listed = [leaf for leaf in leaves if len(leaf.shape) == 2 and not leaf.stacked]
+    shapes = {tuple(tensors[name].shape) for leaf in listed for name in leaf.params if name in tensors}
+    return [name for name, p in tensors.items() if name not in used and tuple(p.shape) in shapes]
 
 
 def side_effects(trace: Trace) -> None:

@@ -36,8 +36,10 @@ def rerun(file: str) -> None:
     """Runs a test file with the interpreter on, in a process of its own, where it does not run in this one."""
     if READY:
         pytest.skip("the tests of this file run here")
+    if os.environ.get("MOEFX_TRITON_RERUN"):
+        pytest.fail("Triton's interpreter does not come up even in a process of its own")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFX_TRITON_RERUN": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
