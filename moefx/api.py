@@ -67,8 +67,9 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
 
 
 def _hypotheses(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str]
+    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str], all_reached: bool
 ) -> Iterator[Hypothesis]:
+    """What the block may compute. all_reached: stop at the first sign of experts that no token reached in this run."""
     first = Lifter(twin)
     trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
     find.side_effects(trace)
@@ -257,15 +258,13 @@ def _run_example(model: nn.Module, example_inputs: Any) -> search.Observation:
     """One observed forward without gradients; random state and buffers are left as they were."""
     args, kwargs = _call(model, example_inputs)
     probe.bind(model, args, kwargs)
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
     inside: list[tuple[str, nn.Module]] = []
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, a, n=name: inside.append((n, m))))
         handles.append(module.register_forward_hook(lambda m, a, out: inside.pop() and None))
     try:
-        with search.observe(model) as seen, torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with probe.state_kept(model), search.observe(model) as seen, torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
         name, module = inside[-1] if inside else ("", model)
@@ -276,9 +275,6 @@ def _run_example(model: nn.Module, example_inputs: Any) -> search.Observation:
     finally:
         for handle in handles:
             handle.remove()
-        for name, b in model.named_buffers():
-            if name in buffers and b.shape == buffers[name].shape:
-                b.detach().copy_(buffers[name])
     return seen
 
 
@@ -398,19 +394,26 @@ def _check_device(module: nn.Module, variant: Variant, example: probe.Example, g
     shape = probe.shapes_for(example)[1]
     inputs = probe.draw(example, shape, 5, variant.region.experts, dtype=dtype)
     args, kwargs = pytree.tree_map(lambda t: t.to(parameter.device) if isinstance(t, Tensor) else t, inputs)
+    with probe.state_kept(module):
+        return _compare_on_device(module, variant, args, kwargs, dtype, gradients)
+
+
+def _compare_on_device(
+    module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype, gradients: bool
+) -> float:
     try:
-        expected = verify._run(lambda a, k: type(module).forward(module, *a, **k), module, args, kwargs, gradients)
+        expected = verify.run_once(lambda a, k: type(module).forward(module, *a, **k), module, args, kwargs, gradients)
     except Exception as error:  # noqa: BLE001
         raise Decline(
-            f"the block does not run on {dtype} {parameter.device} inputs like its example: {error}"
+            f"the block does not run on {dtype} inputs like its example: {error}"
         ) from error
     expected = verify.Outcome(
         expected.outputs, {n: None if g is None else g.cpu() for n, g in expected.gradients.items()}
     )
-    actual = verify._run(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients)
+    actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients)
     low = verify.precision([torch.zeros((), dtype=dtype), *(v for v in expected.outputs if isinstance(v, Tensor))])
     errors = verify.compare(
-        expected, actual, 20 * verify.TOLERANCE[low], f"its own weights ({dtype}, {parameter.device.type})"
+        expected, actual, 20 * verify.TOLERANCE[low], f"its own weights ({dtype}, {device.type})"
     )
     return max(errors.values())
 

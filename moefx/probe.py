@@ -6,9 +6,11 @@ constant buffers would hide what the block computes, and in float64 every cast t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +67,37 @@ def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.floa
             if name in m.__dict__:
                 m.__dict__[name] = type(m.__dict__[name])()
     return twin
+
+
+@contextlib.contextmanager
+def state_kept(module: nn.Module) -> Iterator[None]:
+    """Runs of the user's own module inside leave no trace: buffers, plain attributes and random state are put back."""
+    attributes = {child: _shallow(vars(child)) for child in module.modules()}
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for child, before in attributes.items():
+            for name in [n for n in vars(child) if n not in before and not n.endswith("_hooks")]:
+                del child.__dict__[name]
+            for name, (value, content) in before.items():
+                child.__dict__[name] = value
+                if type(value) is list:
+                    value[:] = content
+                elif type(value) in (set, dict):
+                    value.clear()
+                    value.update(content)
+        with torch.no_grad():
+            for b, before_b in buffers:
+                if b.shape == before_b.shape:
+                    b.copy_(before_b)
+
+
+def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Each attribute with a shallow copy of its content where it is a container."""
+    return {n: (v, copy.copy(v) if type(v) in (list, set, dict) else None) for n, v in state.items() if not n.endswith("_hooks")}
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -62,11 +62,11 @@ def verify(
     for i, case in enumerate(adversarial_cases(example)):
         args, kwargs = draw(example, case.token_shape, 1000 + i, experts, case.tokens)
         try:
-            expected = _run(lambda a, k: module.forward(*a, **k), module, args, kwargs, case.gradients)
+            expected = run_once(lambda a, k: module.forward(*a, **k), module, args, kwargs, case.gradients)
         except Exception:  # noqa: BLE001 - the original cannot run this case: nothing to compare with
             continue
         try:
-            actual = _run(rewritten, module, args, kwargs, case.gradients)
+            actual = run_once(rewritten, module, args, kwargs, case.gradients)
         except skip:
             continue
         except Exception as error:  # noqa: BLE001
@@ -85,7 +85,8 @@ class Outcome:
     gradients: dict[str, Tensor | None]
 
 
-def _run(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> Outcome:
+def run_once(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> Outcome:
+    """Outputs, and gradients of every parameter and float input for fixed random cotangents."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
     differentiable = [

@@ -561,6 +561,37 @@ def test_streams_with_random_delays(style, kernels, degree):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize("style", sorted(STYLES))
+def test_bf16_on_cuda_never_waits_for_the_device(style, degree, autocast):
+    """bf16 parameters, or fp32 ones under autocast: near fp64, and no host synchronisation once warm."""
+    region, dtype = regions.region(style), torch.float32 if autocast else torch.bfloat16
+    given, params = regions.inputs(region, 65, "outside", dtype), regions.parameters(style, dtype)
+    of = [given.x, given.w, *params.values()]
+    exact = [t.detach().double().requires_grad_() for t in of]
+    expected = regions.reference(region, regions.Inputs(exact[0], given.ids, exact[1]), dict(zip(params, exact[2:])))
+    wanted = (expected, *gradients(expected, exact, torch.ones_like(expected)))
+    there = [t.detach().cuda().requires_grad_() for t in of]
+    compiled, ids = compile_region(region, degree), given.ids.cuda()
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            y = compiled(there[0], ids, there[1], dict(zip(params, there[2:])))
+        return (y, *torch.autograd.grad(y.sum(), there))  # an expanded gradient comes in
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, a, b in zip(("y", "x", "w", *params), got, wanted):
+        assert a.dtype == dtype
+        assert (a.double().cpu() - b).norm() <= 3e-2 * b.norm(), name
+
+
+@pytest.mark.gpu
 def test_a_missing_event_is_seen():
     """The test above has teeth: without waits the numbers differ."""
     region = regions.region("swiglu_fused")
