@@ -78,7 +78,8 @@ def choose_tile(
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def tile_for(rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1) -> Tile:
@@ -145,7 +146,7 @@ def grouped_linear_kernel(
 
 
 def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor, op: str) -> Tensor:
-    check_dtypes(op, same=True, rows=rows, weight=weight)
+    check_dtypes(op, {"rows": rows, "weight": weight}, same=True)
     experts, inner, columns = weight.shape
     if rows.shape[1] != inner or offsets.numel() != experts + 1:
         raise InputError(
@@ -226,8 +227,8 @@ def _launch_wgrad(
     op: str,
     add: bool = False,
 ) -> None:
-    check_dtypes(op, same=True, rows=rows, grad=grad)
-    check_dtypes(op, out=out)
+    check_dtypes(op, {"rows": rows, "grad": grad}, same=True)
+    check_dtypes(op, {"out": out})
     experts, inner, columns = out.shape
     if rows.shape[1] != inner or grad.shape[1] != columns or offsets.numel() != experts + 1:
         raise InputError(

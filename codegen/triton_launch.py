@@ -7,6 +7,7 @@ features of a product. Rows behind offsets[E] belong to no expert: no kernel rea
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def supports(dtype: torch.dtype) -> str | None:
     return f"the Triton kernels take bfloat16, float16 and float32, not {dtype}"
 
 
-def check_dtypes(op: str, same: bool = False, **tensors: torch.Tensor | None) -> None:
+def check_dtypes(op: str, tensors: Mapping[str, torch.Tensor | None], same: bool = False) -> None:
     """Raises InputError unless the kernels support the dtype of every tensor (and, with `same`, there is only one)."""
     dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
     for name, dtype in dtypes.items():

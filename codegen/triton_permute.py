@@ -1,7 +1,7 @@
 """Rows in and out of expert order: gathers and gather-reduces. All are bound by memory; sums are taken in fp32.
 
 Every result element is written by one program that reads what it needs, so there are no atomics and results repeat bit
-for bit. Rows behind offsets[E] are neither read nor written.
+for bit. Rows behind offsets[E] are neither read nor written. Routing weights may have any floating dtype.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gather_rows_kernel(
 
 def gather_rows(x: Tensor, order: Tensor, top_k: int, offsets: Tensor, w: Tensor | None = None) -> Tensor:
     """rows [R, D] of x [T, D] in expert order, times w [T, K] if given; see `moefx.ops.gather_rows`."""
-    check_dtypes("gather_rows", x=x, w=w)
+    check_dtypes("gather_rows", {"x": x})
     x = unit_columns(x)
     rows, width = order.numel(), x.shape[1]
     out = x.new_empty(rows, width)
@@ -99,7 +99,7 @@ def combine_kernel(
 
 def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """y [T, O], the weighted sum of each token's rows h [R, O]; see `moefx.ops.combine`."""
-    check_dtypes("combine", h=h, w=w)
+    check_dtypes("combine", {"h": h})
     h = unit_columns(h)
     tokens, top_k = position.shape
     width = h.shape[1]
@@ -169,7 +169,7 @@ def combine_backward(
     gy: Tensor, h: Tensor, order: Tensor, position: Tensor, offsets: Tensor, w: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `combine`: (gh [R, O], gw [T, K] or None); see `moefx.ops.combine_backward`."""
-    check_dtypes("combine_backward", gy=gy, h=h, w=w)
+    check_dtypes("combine_backward", {"gy": gy, "h": h})
     gh, gw = _token_rows(gy, h, order, position, offsets, w, scaled=True)
     assert gh is not None
     return gh, gw
@@ -198,7 +198,7 @@ def expert_rows_kernel(
 
 def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """[R, n]: the vector of each row's expert, leaf [E, n]; see `moefx.ops.expert_rows`."""
-    check_dtypes("expert_rows", leaf=leaf)
+    check_dtypes("expert_rows", {"leaf": leaf})
     experts, width = leaf.shape
     out = leaf.new_empty(rows, width)
     if out.numel():
@@ -232,7 +232,7 @@ def expert_sum_kernel(grad, offsets, out, width, stride_g, BM: tl.constexpr, BN:
 
 def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
     """[E, n]: the sum of grad's rows [R, n] over each expert's rows; see `moefx.ops.expert_sum`."""
-    check_dtypes("expert_sum", grad=grad)
+    check_dtypes("expert_sum", {"grad": grad})
     grad = unit_columns(grad)
     experts, width = offsets.numel() - 1, grad.shape[1]
     out = grad.new_empty(experts, width)

@@ -633,7 +633,7 @@ class Pointwise:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(the outputs again, the gradient of each input, the gradient of each leaf) for the outputs' gradients."""
         inputs, sources = self._checked(inputs, leaves), self._sources
-        check_dtypes(f"{self.segment.name}.vjp", **{f"grad{n}": g for n, g in enumerate(grads)})
+        check_dtypes(f"{self.segment.name}.vjp", {f"grad{n}": g for n, g in enumerate(grads)})
         rows = inputs[0].shape[0]
         outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], rows)
         made = {s: self._new_gradient(s, t.shape, t) for s, t in zip(sources.inputs, inputs)}
@@ -679,7 +679,7 @@ class Pointwise:
         name, sources = self.segment.name, self._sources
         if sources.why_not_linear:
             raise InputError(f"{name} has no fused linear: {sources.why_not_linear}")
-        check_dtypes(f"{name}.linear", same=True, rows=rows, **{f"weight{n}": w for n, w in enumerate(weights)})
+        check_dtypes(f"{name}.linear", {"rows": rows, **{f"weight{n}": w for n, w in enumerate(weights)}}, same=True)
         widths = [self.template.instrs[i].width for i in self.segment.inputs]
         experts, inner = offsets.numel() - 1, rows.shape[1]
         weights = [w.expand(experts, -1, -1) if w.shape[0] == 1 else w for w in weights]
@@ -711,7 +711,7 @@ class Pointwise:
 
     def _checked(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
         name = self.segment.name
-        check_dtypes(name, **dict(zip(self._sources.inputs, inputs)), **dict(zip(self._sources.leaves, leaves)))
+        check_dtypes(name, dict(zip((*self._sources.inputs, *self._sources.leaves), (*inputs, *leaves))))
         widths = [self.template.instrs[i].width for i in self.segment.inputs]
         if [t.shape[1] for t in inputs] != widths or len(leaves) != len(self._leaf_widths):
             raise InputError(

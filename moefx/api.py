@@ -401,20 +401,15 @@ def _check_device(module: nn.Module, variant: Variant, example: probe.Example, g
 def _compare_on_device(
     module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype, gradients: bool
 ) -> float:
+    device = next(module.parameters()).device
     try:
         expected = verify.run_once(lambda a, k: type(module).forward(module, *a, **k), module, args, kwargs, gradients)
     except Exception as error:  # noqa: BLE001
-        raise Decline(
-            f"the block does not run on {dtype} inputs like its example: {error}"
-        ) from error
-    expected = verify.Outcome(
-        expected.outputs, {n: None if g is None else g.cpu() for n, g in expected.gradients.items()}
-    )
+        raise Decline(f"the block does not run on {dtype} {device.type} inputs like its example: {error}") from error
+    expected = verify.Outcome(expected.outputs, {n: None if g is None else g.cpu() for n, g in expected.gradients.items()})
     actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients)
     low = verify.precision([torch.zeros((), dtype=dtype), *(v for v in expected.outputs if isinstance(v, Tensor))])
-    errors = verify.compare(
-        expected, actual, 20 * verify.TOLERANCE[low], f"its own weights ({dtype}, {device.type})"
-    )
+    errors = verify.compare(expected, actual, 20 * verify.TOLERANCE[low], f"its own weights ({dtype}, {device.type})")
     return max(errors.values())
 
 
@@ -432,7 +427,7 @@ def _found(name: str, forward: RewrittenForward, variant: Variant, same_as: str)
     other = "eval" if forward.module.training else "train"
     notes = tuple(f"in {other} mode the original runs: {d.reason}" for d in declined)
     return FoundBlock(
-        name, region.experts, region.top_k, region.d_model, region.d_expert, region.layout, region.routing, variant.location,
+        name, region.experts, variant.routing.top_k, region.d_model, region.d_expert, region.layout, region.routing, variant.location,
         dict(variant.errors), stages["partition"], stages["schedule"], stages["emit"], stages["canonicalise"], str(region),
         same_as, notes,
     )  # fmt: skip

@@ -32,7 +32,7 @@ class Variant:
 
     region: Region
     routing: Routing
-    compiled: Any  # moefx.runtime.CompiledRegion
+    compiled: Any  # moefx.compiled.CompiledRegion
     forward: Callable[..., Any]
     spec: Any
     source: str  # the canonical block

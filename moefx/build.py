@@ -8,12 +8,12 @@ from types import CodeType
 from typing import Any
 
 from moefx.codegen.emit import emit
+from moefx.compiled import CompiledRegion, Emitted
 from moefx.ir import Region
 from moefx.passes.lower import lower
 from moefx.passes.partition import partition
 from moefx.passes.schedule import schedule
 from moefx.passes.simplify import simplify
-from moefx.runtime import CompiledRegion, Emitted
 
 
 def compile_region(region: Region, degree: int = 1, kernels: str = "auto", policy: str = "fifo") -> CompiledRegion:

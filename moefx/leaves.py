@@ -54,7 +54,7 @@ def pack(params: Sequence[Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class _Lattice:
+class Lattice:
     """The elements offset + sum of i_d * strides[d], 0 <= i_d < shape[d]."""
 
     offset: int
@@ -70,13 +70,13 @@ class _Lattice:
             reach += stride * (size - 1)
         return True
 
-    def disjoint(self, other: _Lattice) -> bool:
+    def disjoint(self, other: Lattice) -> bool:
         """Sufficient: side by side, or the two together are one injective lattice with one dimension more."""
         if self.strides != other.strides:
             a, b = sorted((self, other), key=lambda x: x.offset)
             return a.offset + sum(s * (n - 1) for s, n in zip(a.strides, a.shape)) < b.offset
         shape = tuple(max(m, n) for m, n in zip(self.shape, other.shape))
-        return _Lattice(0, (2, *shape), (abs(self.offset - other.offset), *self.strides)).injective()
+        return Lattice(0, (2, *shape), (abs(self.offset - other.offset), *self.strides)).injective()
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class LeafBinder:
             bound[i] = self._copied(i, params)
         return [bound[i] for i in range(len(self.leaves))], notes
 
-    def _lattice(self, i: int, member_numel: int) -> _Lattice:
+    def _lattice(self, i: int, member_numel: int) -> Lattice:
         """Where leaf i lies in its group's storage of [members, member_numel]."""
         leaf = self.leaves[i]
         shape, strides = (leaf.shape, leaf.strides) if leaf.shape else ((1,), (1,))
         step = member_numel if not leaf.stacked else (leaf.expert_stride or 0)
-        return _Lattice(leaf.offsets[0], (1 if leaf.shared else leaf.experts, *shape), (step, *strides))
+        return Lattice(leaf.offsets[0], (1 if leaf.shared else leaf.experts, *shape), (step, *strides))
 
     def _view(self, i: int, base: Tensor, member_numel: int, start: int) -> Tensor:
         lattice = self._lattice(i, member_numel)
@@ -201,7 +201,7 @@ class LeafBinder:
         return result
 
     @staticmethod
-    def _disjoint(lattices: dict[int, _Lattice]) -> list[int]:
+    def _disjoint(lattices: dict[int, Lattice]) -> list[int]:
         """Leaves that may be written straight into the buffer: none overlaps itself or another."""
         own = [i for i, lattice in lattices.items() if lattice.injective()]
         clash = {j for i, j in combinations(own, 2) if not lattices[i].disjoint(lattices[j])}

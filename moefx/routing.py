@@ -32,6 +32,10 @@ class Routing:
     axis: int = -1
     order: tuple[int, ...] | None = None
 
+    def slots(self, experts: int) -> int:
+        """Slots per token of the region's ids: K, or one per expert where the gates are dense."""
+        return self.top_k if self.kind in ("slots", "gather") else experts
+
     def __str__(self) -> str:
         text = {
             "slots": f"top-{self.top_k} ids and weights",

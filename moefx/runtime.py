@@ -1,11 +1,10 @@
-"""What an emitted file runs on: ops, lanes (CUDA streams; inline on the CPU), events, and the autograd node."""
+"""What an emitted file runs on: ops, lanes (CUDA streams; inline on the CPU) and events."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,20 +12,16 @@ import torch
 from torch import Tensor
 
 from moefx.errors import InputError, PlanError
-from moefx.ir import Plan, Region, Schedule, TaskGraph, chunk_bounds
-from moefx.leaves import LeafBinder
+from moefx.ir import chunk_bounds
 from moefx.ops import OPS
-from moefx.segments import Segment as SegmentStep
-from moefx.segments import steps
 
 # The lane of the caller's own stream.
 HOME_LANE = "compute"
 
 OpTable = Mapping[str, Callable[..., Any]]
-Saved = tuple[Tensor | None, ...]
 Tensors = Sequence[Tensor]
-# An emitted activation function.
-Segment = Callable[..., "Tensor | tuple[Tensor, ...]"]
+# The emitted function of a segment.
+Activation = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
 def ops_for(device_type: str, kernels: str) -> OpTable:
@@ -182,14 +177,14 @@ class Runtime:
 
     # Segments: by their kernel, or by the emitted function.
 
-    def act(self, function: Segment, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> Any:
+    def act(self, function: Activation, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> Any:
         """The segment's outputs for inputs [R, width] and vector leaves [E, n] ([1, n] when shared)."""
         kernel = self._pointwise.get(function.__name__)
         outputs = kernel.forward(inputs, leaves, offsets) if kernel else self._run(function, inputs, leaves, offsets)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def linear_act(
-        self, function: Segment, rows: Tensor, weights: Tensors, leaves: Tensors, offsets: Tensor
+        self, function: Activation, rows: Tensor, weights: Tensors, leaves: Tensors, offsets: Tensor
     ) -> tuple[Tensor | None, ...]:
         """The segment's inputs, made by linears of `rows` (None where no backward needs them), then its outputs."""
         kernel = self._pointwise.get(function.__name__)
@@ -203,7 +198,7 @@ class Runtime:
         return (*(inputs if self._keep else [None] * len(weights)), *outputs)
 
     def act_vjp(
-        self, function: Segment, inputs: Tensors, leaves: Tensors, offsets: Tensor, gradients: Tensors
+        self, function: Activation, inputs: Tensors, leaves: Tensors, offsets: Tensor, gradients: Tensors
     ) -> tuple[Tensor, ...]:
         """The segment's outputs again, then the gradients of its inputs and of its leaves."""
         kernel = self._pointwise.get(function.__name__)
@@ -218,7 +213,7 @@ class Runtime:
         sums = [self._gathered(leaf, g, offsets) for leaf, g in zip(leaves, grads[len(inputs) :])]
         return (*(y.detach() for y in outputs), *grads[: len(inputs)], *sums)
 
-    def _run(self, function: Segment, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, function: Activation, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> tuple[Tensor, ...]:
         return _several(function(*inputs, *(self._spread(leaf, offsets, inputs) for leaf in leaves)))
 
     def _spread(self, leaf: Tensor, offsets: Tensor, inputs: Tensors) -> Tensor:
@@ -235,174 +230,3 @@ class Runtime:
 
 def _several(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-# ------------------------------------------------------------------------------------------------ compiled regions
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """The functions of an emitted file."""
-
-    source: str
-    forward: Callable[..., tuple[Tensor, Saved]]
-    backward: Callable[..., tuple[Tensor | None, Tensor]]
-
-
-class CompiledRegion:
-    """A region that runs: `compiled(x, ids, w, params) -> y`. Holds no tensors, so copies of a model may share it.
-
-    delays: see `Runtime`; notes: what had to be copied at the last call; without_kernel: the segments that run as torch
-    functions where a kernel was asked for, with the reasons.
-    """
-
-    def __init__(
-        self,
-        region: Region,
-        graphs: tuple[TaskGraph, TaskGraph],
-        schedules: tuple[Schedule, Schedule],
-        plans: tuple[Plan, Plan],
-        emitted: Emitted,
-        kernels: str,
-    ) -> None:
-        self.region, self.graphs, self.schedules, self.plans = region, graphs, schedules, plans
-        self.emitted, self.kernels = emitted, kernels
-        self.binder = LeafBinder(region.leaves)
-        self.delays: Callable[[str], None] | None = None
-        self.notes: tuple[str, ...] = ()
-        self._kernels: dict[str, Any] | None = None
-        self.without_kernel: dict[str, str] = {}
-
-    @property
-    def source(self) -> str:
-        """The emitted Python file."""
-        return self.emitted.source
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledRegion:
-        return self
-
-    def __call__(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        """y [T, d_out] in x's dtype, for x [T, D], ids [T, K] integer, w [T, K] and the parameters by name."""
-        self._check(x, ids, w, params)
-        tensors = [params[name] for name in self.binder.names]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *tensors)):
-            y: Tensor = _RegionFunction.apply(self, _autocast_dtype(x.device.type), x, ids, w, *tensors)  # type: ignore[no-untyped-call]
-            return y
-        return self.run_forward(x, ids, w, tensors, _autocast_dtype(x.device.type), keep=False)[0]
-
-    def _check(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> None:
-        region = self.region
-        slots = (x.shape[0], region.top_k)
-        if x.dim() != 2 or x.shape[1] != region.d_model:
-            raise InputError(f"x must be [T, {region.d_model}]; got {list(x.shape)}")
-        if tuple(ids.shape) != slots or ids.is_floating_point():
-            raise InputError(f"ids must be integers [{slots[0]}, {slots[1]}]; got {ids.dtype} {list(ids.shape)}")
-        if tuple(w.shape) != slots:
-            raise InputError(f"w must be [{slots[0]}, {slots[1]}]; got {list(w.shape)}")
-        if missing := [name for name in self.binder.names if name not in params]:
-            raise InputError(f"parameters missing: {', '.join(missing)}")
-
-    def _bind(self, tensors: list[Tensor], matrix_dtype: torch.dtype | None) -> list[Tensor]:
-        """The leaves; under autocast the matrices are cast as a linear's weight would be."""
-        leaves, notes = self.binder.bind(dict(zip(self.binder.names, tensors)))
-        self.notes = tuple(notes)
-        if matrix_dtype is None:
-            return leaves
-        matrix = [len(leaf.shape) == 2 for leaf in self.region.leaves]
-        return [leaf.to(matrix_dtype) if is_matrix else leaf for leaf, is_matrix in zip(leaves, matrix)]
-
-    def run_forward(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        w: Tensor,
-        tensors: list[Tensor],
-        matrix_dtype: torch.dtype | None,
-        keep: bool = True,
-    ) -> tuple[Tensor, Saved]:
-        """y and, if `keep`, what backward needs, without recording gradients."""
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            leaves = self._bind(tensors, matrix_dtype)
-            return self.emitted.forward(self._runtime(x.device, keep), x, ids, w, leaves)
-
-    def run_backward(
-        self,
-        saved: Saved,
-        gy: Tensor,
-        tensors: list[Tensor],
-        wanted: list[bool],
-        need_x: bool,
-        matrix_dtype: torch.dtype | None,
-    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-        """Gradients of x (None unless needed), w, and the tensors that are wanted."""
-        names = self.binder.names
-        with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
-            leaves = self._bind(tensors, matrix_dtype)
-            wanted_names = {name for name, want in zip(names, wanted) if want}
-            grads = self.binder.gradients(dict(zip(names, tensors)), wanted_names)
-            gx, gw = self.emitted.backward(self._runtime(gy.device), saved, gy, leaves, grads.leaves, need_x)
-            by_name = grads.finish()
-        return gx, gw, [by_name[name] if want else None for name, want in zip(names, wanted)]
-
-    def _runtime(self, device: torch.device, keep: bool = True) -> Runtime:
-        ops = ops_for(device.type, self.kernels)
-        return Runtime(ops, device, self._pointwise_kernels(ops), keep, self.delays)
-
-    def _pointwise_kernels(self, ops: OpTable) -> dict[str, Any]:
-        """The kernels of the segments, where the table can make them and they can be made."""
-        if "compile_pointwise" not in ops:
-            return {}
-        if self._kernels is None:
-            segments = [step for step in steps(self.region.template) if isinstance(step, SegmentStep)]
-            made = {s.name: ops["compile_pointwise"](self.region.template, s, self.region.leaves) for s in segments}
-            self._kernels = {name: kernel for name, kernel in made.items() if kernel}
-            self.without_kernel = {name: kernel.reason for name, kernel in made.items() if not kernel}
-        return self._kernels
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-class _RegionFunction(torch.autograd.Function):
-    """The region as one autograd node. The same tensor under two names gets the sum of both gradients from autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        compiled: CompiledRegion,
-        matrix_dtype: torch.dtype | None,
-        x: Tensor,
-        ids: Tensor,
-        w: Tensor,
-        *tensors: Tensor,
-    ) -> Tensor:
-        y, saved = compiled.run_forward(x, ids, w, list(tensors), matrix_dtype)
-        ctx.compiled, ctx.matrix_dtype, ctx.params = compiled, matrix_dtype, len(tensors)
-        ctx.save_for_backward(*tensors, *saved)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
-        stored = ctx.saved_tensors  # read once: under checkpointing each reading computes forward again
-        tensors, saved = list(stored[: ctx.params]), stored[ctx.params :]
-        _, _, need_x, _, need_w, *wanted = ctx.needs_input_grad
-        gx, gw, grads = ctx.compiled.run_backward(saved, gy, tensors, wanted, need_x, ctx.matrix_dtype)
-        result = [None, None, gx, None, gw if need_w else None, *grads]
-        if torch.is_grad_enabled():  # create_graph=True
-            result = [g if g is None else _Once.apply(g, gy, *stored) for g in result]  # type: ignore[no-untyped-call]
-        return tuple(result)
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that depends on `sources` in a way nobody can differentiate; torch would take it for a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(
-            "a moefx region gives first derivatives only; for second ones put the original back: moefx.restore(model)"
-        )

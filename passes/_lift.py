@@ -204,6 +204,15 @@ class Lifter(TorchDispatchMode):
             codes if isinstance(codes, Tensor) else torch.tensor(codes)
         )
 
+    def _settle(self, tensors: list[Tensor]) -> None:
+        """Rows that leave the lifted world become known as rows, products that nothing consumed included."""
+        for t in tensors:
+            codes = self.codes(t)
+            if isinstance(codes, Tensor) and t.untyped_storage()._cdata not in self.param_of and self._holds_rows(codes):
+                axis = self._feature_axis(codes)
+                if axis is not None:
+                    self.normalise(codes, axis)
+
     def _full(self, tensor: Tensor) -> Tensor:
         codes = self.codes(tensor)
         return codes if isinstance(codes, Tensor) else torch.full(tensor.shape, codes, dtype=torch.int64)
@@ -274,8 +283,10 @@ class Lifter(TorchDispatchMode):
             codes = self._pointwise(func, args, kwargs, outputs[0])
         else:
             codes = self._grouped(args, outputs[0]) if len(outputs) == 1 and outputs[0].dim() == 2 else None
-        if codes is None and any(isinstance(self._codes.get(t.untyped_storage()._cdata), Tensor) for t in inputs):
-            self.notes.append(f"lifting stopped at {func}")
+        if codes is None:
+            self._settle(inputs)
+            if any(isinstance(self._codes.get(t.untyped_storage()._cdata), Tensor) for t in inputs):
+                self.notes.append(f"lifting stopped at {func}")
         for i, t in enumerate(outputs):
             self.set_codes(t, DATA if codes is None or i > 0 else codes)
 
@@ -298,6 +309,7 @@ class Lifter(TorchDispatchMode):
         scalar = base in ("scatter", "where") and any(not isinstance(args[i], Tensor) for i in MOVES[base] if i < len(args))
         padded = base == "constant_pad_nd" and len(args) > 2 and args[2] != 0
         if accumulates or padded or (scalar and base == "scatter") or "reduce" in kwargs or kwargs.get("accumulate"):
+            self._settle([a for a in args if isinstance(a, Tensor)])
             self.set_codes(out, DATA)
             return
         replaced = list(args)
@@ -565,6 +577,10 @@ class Lifter(TorchDispatchMode):
                 columns.append(t.reshape(()).expand(rows_shape).double())
                 is_gate.append(False)
                 symbols = _substitute(symbols, len(columns) - 1, t.reshape(()).item())
+            elif (own_tokens := self._tokens_of(full, shape, axis, any(own))) is not None:
+                columns.append(own_tokens)
+                is_gate.append(False)
+                lifted[len(columns) - 1] = True
             elif isinstance(c, int) and c == ZERO and name == "aten.add.Tensor":
                 return codes[1 - len(columns)] if len(codes) == 2 and lifted[1 - len(columns)] else None  # type: ignore[return-value]
             else:
@@ -576,6 +592,18 @@ class Lifter(TorchDispatchMode):
         if not bool((rows > 0).any()):
             return None
         return self._spread(rows, width, axis)
+
+    def _tokens_of(self, data: Tensor, shape: Any, axis: int, beside_rows: bool) -> Tensor | None:
+        """Row numbers of plain data that stands beside rows: the token itself, as in x + f(x)."""
+        width = shape[axis]
+        if not beside_rows or width < 2 or not data.is_floating_point() or data.shape[axis] != width:
+            return None
+        rows = data.expand(shape).movedim(axis, -1)
+        tokens = self.token_ids(rows.reshape(-1, width))
+        tv = self.node(Node("x", width))
+        unique, inverse = torch.unique(tokens, return_inverse=True)
+        numbers = torch.tensor([self.row(Row(tv, (), t, None)) if t else DATA for t in unique.tolist()], dtype=torch.int64)
+        return numbers[inverse].reshape(rows.shape[:-1]) if len(unique) else None
 
     def _pointwise_row(self, key: list[float], is_gate: list[bool], lifted: list[bool], name: str, symbols: Any, named: Any, width: int) -> int:
         numbers = [int(k) for k, lft in zip(key, lifted) if lft]

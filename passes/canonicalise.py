@@ -38,10 +38,15 @@ def check_size(actual: Any, recorded: Any) -> None:
         raise GuardFailed
 
 
-def without_grad(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call that the block made under torch.no_grad()."""
-    with torch.no_grad():
-        return fn(*args, **kwargs)
+def without_grad(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`fn` as the block called it: under torch.no_grad()."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return fn(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = f"no_grad_{name.strip('_')}"
+    return call
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class _Builder:
                 raise Decline("the block's results do not depend on the combined output")
             self._live_all(self.trace.result[0])
             for call in self.trace.calls:  # buffers that the block updates keep updating
-                if any(v.origin == "buffer" for v in call.writes) and not any(v.tainted for v in call.reads()):
+                if any(v.object.origin == "buffer" for v in call.writes) and not any(v.tainted for v in call.reads()):
                     for v in call.writes:
                         self._live_call(call, v.object)
             opened = [m for m in self.modules for c in self.calls if m.start <= c.index < m.stop]
@@ -264,7 +269,7 @@ class _Builder:
         kind, target, args = _target(call, args)
         if not call.grad_enabled:
             fn = target if kind == "call_function" else getattr(torch.Tensor, target)
-            kind, target, args = "call_function", without_grad, (fn, *args)
+            kind, target = "call_function", without_grad(fn, call.name)
         self._bind(call.result, self.graph.create_node(kind, target, tuple(args), kwargs))
 
     def _write_module(self, module_call: ModuleCall) -> None:

@@ -368,7 +368,9 @@ def solve_gates(trace: Trace, system: Callable[[bool], GateSystem], tokens: int,
         full = system(identity)
         few = full.first(24)
         passed = [s for v in rows if (s := few.solve(v)) is not None]
-        passed.sort(key=lambda s: (-int((s.gates.abs() > _zero(s.gates)).sum()), s.combined.index))
+        latest = {s.combined.object: s.combined.index for s in passed}  # a tensor that was filled step by step
+        filled = {s.combined: int((s.gates.abs() > _zero(s.gates)).sum()) for s in passed}
+        passed.sort(key=lambda s: (-filled[s.combined], s.combined.index != latest[s.combined.object], s.combined.index))
         for candidate in passed[:MAX_SUMS]:
             solution = full.solve(candidate.combined)
             if solution is not None:
@@ -668,7 +670,7 @@ def _region(lifter: Lifter, bank: Bank, template: Template, leaves: tuple[Leaf, 
     width = lifter.nodes[bank.tv].width
     hidden = matrices[0][1] if len(matrices) > 1 else width
     return Region(
-        bank.experts, routing.top_k, _token_width(lifter, bank.tv), width, hidden, template, leaves,
+        bank.experts, routing.slots(bank.experts), _token_width(lifter, bank.tv), width, hidden, template, leaves,
         routing=str(routing), layout=_layout(leaves), **more,
     )  # fmt: skip
 

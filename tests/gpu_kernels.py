@@ -336,6 +336,7 @@ def check_graph_replay(dtype: torch.dtype) -> None:
         return OPS["combine"](OPS["grouped_linear"](rows, c.weight, offsets), position, w, dtype)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         layer()
     torch.cuda.synchronize()

@@ -234,3 +234,8 @@ def reference(region: Region, given: Inputs, params: dict[str, Tensor]) -> Tenso
                 y = y + expert(region, e, w * row, params)
         rows.append(y)
     return torch.cat(rows) if rows else given.x.new_zeros(0, region.d_out)
+
+
+def gradients(y: Tensor, of: list[Tensor], gy: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of `y` for the incoming `gy`; zeros where `y` does not depend."""
+    return torch.autograd.grad(y, of, gy, allow_unused=True, materialize_grads=True)

@@ -21,7 +21,15 @@ SOURCES = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in PACKAGES}
 OTHERS = [file for folder in ("tests", "benchmarks", "examples") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 ASSEMBLY = {"moefx.api", "moefx.build"}  # the one place where the stages meet
-NOT_VOCABULARY = {"moefx", "moefx.__main__", "moefx.cli", "moefx.demo", "moefx.hf", "moefx.runtime"} | ASSEMBLY
+NOT_VOCABULARY = {
+    "moefx",
+    "moefx.__main__",
+    "moefx.cli",
+    "moefx.demo",
+    "moefx.hf",
+    "moefx.runtime",
+    "moefx.compiled",
+} | ASSEMBLY
 
 
 def module_name(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""simplify and lower: joined linears, events, lifetimes, guards."""
+"""lower: launches, events, lifetimes, guards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import regions
 from moefx.passes.lower import check, lower, values_of
 from moefx.passes.partition import partition
 from moefx.passes.schedule import schedule
-from moefx.passes.simplify import join_leaves, simplify
-from regions import D, E, F
+from moefx.passes.simplify import simplify
+from regions import D, E
 
 from moefx.errors import PlanError
-from moefx.ir import Launch, Leaf, Plan, Ref, Region, Template
+from moefx.ir import Launch, Plan, Ref, Region, Template
 
 
 def plan(style: str = "swiglu_fused", degree: int = 1, phase: str = "forward", policy: str = "fifo", **changes) -> Plan:
@@ -26,58 +26,6 @@ def plan(style: str = "swiglu_fused", degree: int = 1, phase: str = "forward", p
 @pytest.mark.parametrize("degree", [1, 3])
 def test_golden(golden, phase, degree):
     golden(f"lower_{phase}_r{degree}", str(plan(degree=degree, phase=phase)))
-
-
-# ------------------------------------------------------------------------------------------------ simplify
-
-
-def test_gate_and_up_side_by_side_become_one_linear(golden):
-    region = simplify(regions.region("swiglu_fused"))
-    assert [leaf.shape for leaf in region.leaves] == [(F, D), (D, 2 * F)]
-    golden("simplify_swiglu_fused", str(region))
-
-
-def test_gate_and_up_in_turn_become_one_linear(golden):
-    region = simplify(regions.region("interleaved_bias"))
-    wide = next(leaf for leaf in region.leaves if leaf.shape == (D, 2 * F))
-    assert wide.strides == (2 * F, 1)
-    golden("simplify_interleaved_bias", str(region))
-
-
-def test_separate_parameters_stay_apart():
-    region = regions.region("swiglu_separate")
-    assert simplify(region) == region
-
-
-def leaf(offset: int, width: int = F, strides: tuple[int, int] = (100, 1), params: str = "p") -> Leaf:
-    return Leaf((D, width), strides, (params,) * E, tuple(offset + 1000 * e for e in range(E)))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        leaf(F + 1),  # a gap
-        leaf(F, params="q"),  # another parameter
-        leaf(F, strides=(100, 2)),  # another layout
-        replace(leaf(F), shape=(D + 1, F)),  # other rows
-        replace(leaf(F), offsets=tuple(F + 999 * e for e in range(E))),  # the distance varies
-    ],
-)
-def test_leaves_that_do_not_join(other):
-    assert join_leaves(leaf(0), other) is None
-
-
-def test_leaves_of_unequal_width_join():
-    wide, first, second = join_leaves(leaf(0), leaf(F, width=3))
-    assert (wide.shape, first, second) == ((D, F + 3), (0, F, 1), (F, F + 3, 1))
-
-
-def test_dead_instructions_and_leaves_go():
-    instrs = (regions.X, regions.linear(0, 1, F), regions.linear(0, 0, D))
-    leaves = (regions.stacked("w", D, D), regions.stacked("dead", D, F))
-    region = simplify(Region(E, 2, D, D, D, Template(instrs), leaves))
-    assert [i.kind for i in region.template.instrs] == ["x", "linear"]
-    assert [x.params[0] for x in region.leaves] == ["w"]
 
 
 # ------------------------------------------------------------------------------------------------ lower

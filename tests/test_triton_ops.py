@@ -149,9 +149,9 @@ def test_combine_over_mostly_empty_slots() -> None:
 
 
 def test_expanded_and_sliced_tensors() -> None:
-    """The gradient of a sum has stride 0; x may be columns of a wider tensor; ids and w may be transposed."""
+    """The gradient of a sum has stride 0; x may be columns of a wider tensor; w may be transposed, and in fp64."""
     c = make(17, 3, 5, "any")
-    gy, w = torch.ones((), device=DEVICE).expand(17, F), c.w.t().contiguous().t()
+    gy, w = torch.ones((), device=DEVICE).expand(17, F), c.w.t().contiguous().t().double()
     x = torch.randn(17, 2 * D).to(DEVICE)[:, ::2]
     for got, want in zip(
         OPS["combine_backward"](gy, c.h, c.order, c.position, c.offsets, w),

@@ -21,9 +21,8 @@ if DEVICE == "cpu":
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
-from triton.runtime import JITFunction  # noqa: E402
-
 from moefx.codegen.triton_launch import interpreted  # noqa: E402
+from triton.runtime import JITFunction  # noqa: E402
 
 # In the interpreter both our kernels and Triton's own library must be interpreted.
 READY = DEVICE == "cuda" or (interpreted() and not isinstance(tl.sum, JITFunction))

@@ -5,21 +5,17 @@ from __future__ import annotations
 import pytest
 import regions
 import torch
-from triton_here import DEVICE, DTYPES, needs_triton, relative, rerun
+from triton_here import DEVICE, DTYPES, needs_triton, relative
 
 from moefx.build import compile_region
 
-
-def test_in_the_interpreter() -> None:
-    rerun(__file__)
+CASES = [(style, 1, 9, "outside", dtype) for style in sorted(regions.STYLES) for dtype in DTYPES]
+CASES += [(style, 3, 7, "few", torch.float32) for style in sorted(regions.STYLES)]
+CASES += [("swiglu_fused", 2, 1, "any", torch.float32), ("swiglu_fused", 1, 0, "any", torch.float32)]
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("degree", "tokens", "routing"), [(1, 9, "outside"), (3, 7, "few"), (2, 1, "any"), (1, 0, "any")]
-)
-@pytest.mark.parametrize("style", sorted(regions.STYLES))
+@pytest.mark.parametrize(("style", "degree", "tokens", "routing", "dtype"), CASES)
 def test_equals_the_definition(style, degree, tokens, routing, dtype):
     region = regions.region(style)
     given, params = regions.inputs(region, tokens, routing, dtype), regions.parameters(style, dtype)
