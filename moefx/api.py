@@ -45,24 +45,24 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
     experts = probe.guess_experts(module)
     reasons: list[Decline] = []
     near: list[str] = []
-    for more in (1, 4):  # more tokens, when the first run may have left experts unreached
+    for more in (1, 4, 16):  # more tokens, as long as some expert was reached by none
         twin = probe.probe_copy(module, options.seed)
         tokens = _token_shape(example, module, experts, more)
         inputs = probe.draw(example, tokens, options.seed + more, experts)
         if not _runs(twin, *inputs):  # inputs whose sizes hang together: try the sizes of the example
             inputs = probe.draw(example, example.token_sizes, options.seed + more, experts)
-        tries = 0
-        for hypothesis in _hypotheses(twin, *inputs, near, more == 1):
-            try:
-                return _realise(module, twin, hypothesis, example, options)
-            except Decline as reason:
-                log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
-                reasons.append(reason)
-                tries += 1
-                if tries == MAX_HYPOTHESES:
-                    break
-        if not reasons and not near:
+        try:
+            for hypothesis in _hypotheses(twin, *inputs, near, all_reached=more < 16):
+                try:
+                    return _realise_either(module, twin, hypothesis, example, options)
+                except Decline as reason:
+                    log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
+                    reasons.append(reason)
+                    if len(reasons) == MAX_HYPOTHESES:
+                        break
             break
+        except find.Unreached as missing:
+            near.append(str(missing))
     raise _best_reason(reasons, near)
 
 
@@ -79,9 +79,8 @@ def _hypotheses(
     for group in groups:
         lifter = Lifter(twin, group)
         trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
-        if all_reached and (missing := find.unreached(twin, lifter)):
-            near.append(f"no token reached the expert that owns {missing[0]}")
-            return
+        if all_reached:
+            find.check_reached(twin, lifter)
         yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
         near.extend(dict.fromkeys(lifter.notes))
 
@@ -108,12 +107,27 @@ def _redrawn(
     return run
 
 
-def _realise(
+def _realise_either(
     module: nn.Module, twin: nn.Module, hypothesis: Hypothesis, example: probe.Example, options: Options
+) -> Variant:
+    """Once with numbers that int() cut from sizes as expressions of sizes, and once as they stand."""
+    if hypothesis.trace.log.truncations:
+        with contextlib.suppress(Decline):
+            return _realise(module, twin, hypothesis, example, options, restore_truncated=True)
+    return _realise(module, twin, hypothesis, example, options, restore_truncated=False)
+
+
+def _realise(
+    module: nn.Module,
+    twin: nn.Module,
+    hypothesis: Hypothesis,
+    example: probe.Example,
+    options: Options,
+    restore_truncated: bool,
 ) -> Variant:
     """A hypothesis made to run, and verified; Decline when it is refuted."""
     parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-    rewrite = canonicalise(hypothesis, placeholder_names(example.args, example.kwargs, parameters))
+    rewrite = canonicalise(hypothesis, placeholder_names(example.args, example.kwargs, parameters), restore_truncated)
     compiled = compile_region(hypothesis.region, options.degree, options.kernels)
     stages = (
         ("canonicalise", rewrite.source),

@@ -32,7 +32,7 @@ def random_like(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     base = torch.randn(min(tensor.numel(), _TILE), generator=generator, dtype=torch.float32).to(dtype)
     flat = base if tensor.numel() <= _TILE else base.repeat(-(-tensor.numel() // _TILE))[: tensor.numel()]
     values = flat.reshape(tensor.shape)
-    return values.mul_(tensor.shape[-1] ** -0.5) if tensor.dim() > 1 else values.mul_(0.3).add_(1.0)
+    return values.mul_(tensor.shape[-1] ** -0.5) if tensor.dim() > 1 else values.mul_(0.1).add_(1.0)
 
 
 def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -69,17 +69,20 @@ class Rewrite:
         return self.source
 
 
-def canonicalise(hypothesis: Hypothesis, names: tuple[str, ...]) -> Rewrite:
+def canonicalise(hypothesis: Hypothesis, names: tuple[str, ...], restore_truncated: bool = True) -> Rewrite:
     """Builds the canonical graph. names: one placeholder name for each flattened input.
+
+    restore_truncated: a plain number equal to one that int() cut from sizes is taken to be that expression.
 
     Raises Decline when something that stays needs what the region replaces, or when Python did what a graph cannot.
     """
-    return _Builder(hypothesis, names).build()
+    return _Builder(hypothesis, names, restore_truncated).build()
 
 
 class _Builder:
-    def __init__(self, hypothesis: Hypothesis, names: tuple[str, ...]) -> None:
+    def __init__(self, hypothesis: Hypothesis, names: tuple[str, ...], restore_truncated: bool) -> None:
         self.h, self.trace, self.names = hypothesis, hypothesis.trace, names
+        self.truncated = {n: expr for expr, n in self.trace.log.truncations if n > 1} if restore_truncated else {}
         self.cut = hypothesis.combined
         self.calls: set[Call] = set()
         self.modules: set[ModuleCall] = set()
@@ -142,7 +145,7 @@ class _Builder:
     def _live_all(self, structure: Any) -> None:
         for v in values_in(structure):
             self._live(v)
-        for expr in _exprs(structure):
+        for expr in _exprs(structure, self.truncated):
             for v in _expr_values(expr):
                 self._live(self._size_source(v))
 
@@ -309,6 +312,8 @@ class _Builder:
             return self._object(x)
         if isinstance(x, (sizes.Size, sizes.Fraction)):
             return self._expression(x.expr)
+        if type(x) is int and x in self.truncated:
+            return self._expression(self.truncated[x])
         if x is torch.float64:
             return self._model("dtype")
         if isinstance(x, torch.device) or x == "cpu" and isinstance(x, str):
@@ -356,12 +361,14 @@ def _target(call: Call, args: Any) -> tuple[str, Any, Any]:
     return "call_function", call.func, args
 
 
-def _exprs(structure: Any) -> list[sizes.Expr]:
+def _exprs(structure: Any, truncated: dict[int, sizes.Expr]) -> list[sizes.Expr]:
     found: list[sizes.Expr] = []
 
     def leaf(x: Any) -> Any:
         if isinstance(x, (sizes.Size, sizes.Fraction)):
             found.append(x.expr)
+        elif type(x) is int and x in truncated:
+            found.append(truncated[x])
         return x
 
     rebuild(structure, leaf)

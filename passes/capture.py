@@ -13,6 +13,7 @@ Value is a tensor object at one version of its storage. Sizes keep their provena
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import inspect
 import traceback
@@ -185,10 +186,17 @@ def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         return recorder.function_apply(cls, original.__get__(None, cls), args, kwargs)
 
+    def size_aware_len(obj: Any) -> int:
+        """`len` insists on a plain int from __len__, which would lose the expression."""
+        return obj.size(0) if isinstance(obj, Tensor) and obj.dim() else plain_len(obj)
+
+    plain_len = builtins.len
     function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    builtins.len = size_aware_len  # type: ignore[assignment]
     try:
         yield
     finally:
+        builtins.len = plain_len
         function.apply = original  # type: ignore[method-assign]
         for handle in handles:
             handle.remove()

@@ -766,17 +766,23 @@ def _input_side(
     near.append(f"{what}: nor are weights found on the input side")
 
 
-def unreached(module: nn.Module, lifter: Lifter) -> list[str]:
-    """Matrices shaped like those of listed experts that no expert uses: experts which no token reached, perhaps."""
+class Unreached(Exception):
+    """Some listed expert seems to have had no token in this run."""
+
+
+def check_reached(module: nn.Module, lifter: Lifter) -> None:
+    """Raises Unreached when matrices are shaped like those of listed experts, and no expert uses them."""
     found = banks(lifter)
     if not found or found[0].stacked:
-        return []
+        return
     leaves = write_template(lifter, found[0])[1]
     used = {name for leaf in leaves for name in leaf.params}
     tensors = dict(module.named_parameters())
     listed = [leaf for leaf in leaves if len(leaf.shape) == 2 and not leaf.stacked]
     shapes = {tuple(tensors[name].shape) for leaf in listed for name in leaf.params if name in tensors}
-    return [name for name, p in tensors.items() if name not in used and tuple(p.shape) in shapes]
+    missing = [name for name, p in tensors.items() if name not in used and tuple(p.shape) in shapes]
+    if missing:
+        raise Unreached(f"no token reached the expert that owns {missing[0]}")
 
 
 def side_effects(trace: Trace) -> None:
@@ -789,4 +795,4 @@ def side_effects(trace: Trace) -> None:
         raise Decline("the block takes complex inputs")
 
 
-__all__ = ["Hypothesis", "Lifter", "Routing", "expert_groups", "hypotheses", "side_effects", "unreached"]
+__all__ = ["Hypothesis", "Lifter", "Routing", "expert_groups", "hypotheses", "Unreached", "check_reached", "side_effects"]
