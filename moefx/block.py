@@ -61,11 +61,11 @@ class Moe:
     def __init__(self, variant: Variant, module: nn.Module) -> None:
         self.variant, self.module = variant, module
 
-    def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None) -> Tensor:
+    def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """x [..., D], router values as recorded -> routed output [..., d_out]."""
         region = self.variant.region
         tokens = x.reshape(-1, region.d_model)
-        slots, weights = region_inputs(self.variant.routing, region.experts, tokens.shape[0], ids, w)
+        slots, weights = region_inputs(self.variant.routing, region.experts, tokens.shape[0], ids, w, keep)
         if weights is None:
             weights = torch.ones(slots.shape, dtype=x.dtype, device=x.device)
         params = {name: _parameter(self.module, name) for leaf in region.leaves for name in dict.fromkeys(leaf.params)}

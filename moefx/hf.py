@@ -219,7 +219,7 @@ def _model_classes(config_class: Any) -> Iterator[Any]:
         if inspect.isclass(cls)
         and issubclass(cls, PreTrainedModel)
         and cls.__module__ == modeling.__name__
-        and cls.config_class is config_class
+        and getattr(cls, "config_class", None) is config_class
         and not cls.__name__.endswith("PreTrainedModel")
     ]
     for suffix in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "TextModel", "Model", "Backbone"):

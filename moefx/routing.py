@@ -20,6 +20,7 @@ class Routing:
     kind "dense":   G = scale * w, whose axis `axis` counts experts; further axes beside the tokens are summed out.
     kind "masked":  G = scale * ids * w    with a mask ids [T, E] and one weight w per token; axes as for "dense".
     kind "choice":  G[ids[e,c], e] += scale * w[e,c]           (expert choice).
+    keep: a mask of slots (kinds "slots" and "gather"); the others are dropped, as where a capacity is exceeded.
     order[l] is the expert that label l of the router means (None: the labels are the experts' own order).
     """
 
@@ -31,6 +32,12 @@ class Routing:
     ids_transposed: bool = False
     axis: int = -1
     order: tuple[int, ...] | None = None
+    keep: Value | None = None
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The recorded values it is made of."""
+        return tuple(v for v in (self.ids, self.w, self.keep) if v is not None)
 
     def slots(self, experts: int) -> int:
         """Slots per token of the region's ids: K, or one per expert where the gates are dense."""
@@ -81,7 +88,7 @@ def dense_gates(w: Tensor, axis: int, tokens: int) -> Tensor | None:
 
 
 def region_inputs(
-    routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor | None
+    routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(ids [T, K], w [T, K] or None for weight 1) in the experts' own numbering; slots to skip carry id `experts`."""
     if routing.kind == "choice":
@@ -117,6 +124,10 @@ def region_inputs(
         weights: Tensor | None = w.reshape(tokens, w.shape[-1]).gather(1, labels.long())
     else:
         weights = None if w is None else slots(w, routing.top_k, routing.ids_transposed)
+    if keep is not None:
+        kept = slots(keep, routing.top_k, routing.ids_transposed)
+        labels = torch.where(kept, labels, -1)
+        weights = None if weights is None else torch.where(kept, weights, 0)
     if routing.order is not None:
         meaning = torch.tensor([*(e if e >= 0 else experts for e in routing.order), experts], device=labels.device)
         inside = (labels >= 0) & (labels < len(routing.order))

@@ -80,13 +80,18 @@ def _bare(value: Any) -> Any:
     return float.__float__(value) if isinstance(value, Fraction) else value
 
 
+def apply(fn: Callable[..., Any], *operands: Any) -> Any:
+    """fn(*operands) with its expression; at least one operand is a Size or Fraction."""
+    log = next(o.log for o in operands if isinstance(o, (Size, Fraction)))
+    return make(fn(*(_bare(o) for o in operands)), Expr(fn, tuple(_expression(o) for o in operands)), log)
+
+
 def _method(fn: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
     def method(self: Any, *others: Any) -> Any:
         if not all(isinstance(o, (int, float)) for o in others):
             return NotImplemented
         operands = (*others, self) if reflected else (self, *others)
-        expr = Expr(fn, tuple(_expression(o) for o in operands))
-        return make(fn(*(_bare(o) for o in operands)), expr, self.log)
+        return apply(fn, *operands)
 
     return method
 

@@ -114,9 +114,8 @@ class _Builder:
             return
         self.visited.add(v)
         if self._is_cut(v):
-            for needed in (self.h.x, self.h.routing.ids, self.h.routing.w):
-                if needed is not None:
-                    self._live(needed)
+            for needed in (self.h.x, *self.h.routing.values):
+                self._live(needed)
         elif v.origin == "unseen":
             raise Decline("the block uses a tensor that no torch function made (a global, or a compiled helper)")
         elif v.tainted and v.origin == "param":
@@ -191,7 +190,7 @@ class _Builder:
 
     def _check_branches(self) -> None:
         """Python may look at values only to steer the experts: at what descends from the router, not at the tokens."""
-        routing = [v for v in (self.h.routing.ids, self.h.routing.w) if v is not None]
+        routing = list(self.h.routing.values)
         tokens = self._ancestors([self.h.x])
         steering = (self._ancestors(routing) | set(routing)) - tokens - {self.h.x}
         inside = [range(m.start, m.stop) for m in self.modules]
@@ -250,7 +249,8 @@ class _Builder:
         routing, x = self.h.routing, self._object(self.h.x)
         ids = None if routing.ids is None else self._object(routing.ids)
         w = None if routing.w is None else self._object(routing.w)
-        node = self.graph.call_method("routed", (self.moe, x, ids, w))
+        keep = () if routing.keep is None else (self._object(routing.keep),)
+        node = self.graph.call_method("routed", (self.moe, x, ids, w, *keep))
         lead, out = tuple(self.h.x.shape[:-1]), self.h.region.d_out
         target = tuple(self.cut.shape)
         if target != (*lead, out):

@@ -190,13 +190,24 @@ def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
         """`len` insists on a plain int from __len__, which would lose the expression."""
         return obj.size(0) if isinstance(obj, Tensor) and obj.dim() else plain_len(obj)
 
-    plain_len = builtins.len
+    def size_aware(choose: Callable[..., Any]) -> Callable[..., Any]:
+        """min and max of sizes as expressions: no branch to guard."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not kwargs and len(args) > 1 and any(isinstance(a, (sizes.Size, sizes.Fraction)) for a in args):
+                return sizes.apply(choose, *args)
+            return choose(*args, **kwargs)
+
+        return call
+
+    plain_len, plain_min, plain_max = builtins.len, builtins.min, builtins.max
     function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     builtins.len = size_aware_len  # type: ignore[assignment]
+    builtins.min, builtins.max = size_aware(plain_min), size_aware(plain_max)  # type: ignore[assignment]
     try:
         yield
     finally:
-        builtins.len = plain_len
+        builtins.len, builtins.min, builtins.max = plain_len, plain_min, plain_max
         function.apply = original  # type: ignore[method-assign]
         for handle in handles:
             handle.remove()

@@ -393,7 +393,7 @@ def explanations(trace: Trace, gates: Tensor, identity: Tensor | None, bank: Ban
     depth = _visible_depth(trace)
 
     def deepest(routing: Routing) -> int:
-        return max(depth.get(v, 0) for v in (routing.ids, routing.w) if v is not None)
+        return max(depth.get(v, 0) for v in routing.values)
 
     return sorted(_explanations(trace, depth, gates, identity, bank, before), key=deepest)
 
@@ -422,7 +422,8 @@ def _explanations(
             order = _label_order(labels, support, bank)
             if order is None:
                 continue
-            yield from _weights_for(labels, order, gates, identity, ids, k, transposed, floats)
+            masks = [v for v in router if v.tensor.dtype == torch.bool and v.tensor.numel() == ids.tensor.numel()]
+            yield from _weights_for(labels, order, gates, identity, ids, k, transposed, floats, masks)
     masks = [v for v in router if not v.tensor.is_floating_point()]
     yield from _dense(gates, identity, support, bank, [*floats, *(v for v in masks if v.tensor.dtype == torch.bool)], [None])
     yield from _dense(gates, identity, support, bank, masks, [w for w in floats if w.tensor.numel() == tokens])
@@ -460,23 +461,28 @@ def gate_matrix(labels: Tensor, weights: Tensor, order: tuple[int, ...], experts
 
 
 def _weights_for(
-    labels: Tensor, order: tuple[int, ...], gates: Tensor, identity: Tensor | None, ids: Value, k: int, transposed: bool, floats: list[Value]
-) -> Iterator[Routing]:
+    labels: Tensor, order: tuple[int, ...], gates: Tensor, identity: Tensor | None, ids: Value, k: int, transposed: bool,
+    floats: list[Value], masks: list[Value],
+) -> Iterator[Routing]:  # fmt: skip
+    """Weights per slot, weights gathered from dense scores, or weight 1; of all slots, or of those that a mask keeps."""
     tokens, experts = gates.shape
     kept = None if order == tuple(range(experts)) else order
     base = Routing("slots", k, ids, None, ids_transposed=transposed, order=kept)
+    weights: list[tuple[Routing, Tensor]] = []
     for w in floats:
         if w.tensor.numel() == tokens * k:
-            if (scale := _agrees(*gate_matrix(labels, slots(w.tensor, k, transposed), order, experts), gates, identity)) is not None:
-                yield replace(base, w=w, scale=scale)
+            weights.append((replace(base, w=w), slots(w.tensor, k, transposed)))
     for w in floats:
-        if w.tensor.dim() >= 2 and w.tensor.numel() == tokens * w.shape[-1] and int(labels.max()) < w.shape[-1] and int(labels.min()) >= 0:
-            taken = w.tensor.reshape(tokens, -1).gather(1, labels)
-            if w.shape[-1] >= experts and (scale := _agrees(*gate_matrix(labels, taken, order, experts), gates, identity)) is not None:
-                yield replace(base, kind="gather", w=w, scale=scale)
-    ones = torch.ones(labels.shape, dtype=torch.float64)
-    if (scale := _agrees(*gate_matrix(labels, ones, order, experts), gates, identity)) is not None:
-        yield replace(base, scale=scale)
+        if w.tensor.dim() >= 2 and w.tensor.numel() == tokens * w.shape[-1] and experts <= w.shape[-1]:
+            if 0 <= int(labels.min()) and int(labels.max()) < w.shape[-1]:
+                weights.append((replace(base, kind="gather", w=w), w.tensor.reshape(tokens, -1).gather(1, labels)))
+    weights.append((base, torch.ones(labels.shape, dtype=torch.float64)))
+    for keep in (None, *masks):
+        mask = torch.ones_like(labels, dtype=torch.bool) if keep is None else slots(keep.tensor, k, transposed)
+        for routing, taken in weights:
+            made = gate_matrix(labels, torch.where(mask, taken.double(), 0.0), order, experts)
+            if (scale := _agrees(*made, gates, identity)) is not None:
+                yield replace(routing, scale=scale, keep=keep)
 
 
 def _agrees(made: Tensor, passed: Tensor, gates: Tensor, identity: Tensor | None) -> float | None:
