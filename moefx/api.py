@@ -150,7 +150,7 @@ def _realise(
 
 def _runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), probe.GroupedInDouble():
             twin.forward(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         return True
     except Exception:  # noqa: BLE001 - any failure of the block on these inputs

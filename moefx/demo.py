@@ -25,7 +25,10 @@ from tqdm import tqdm
 import moefx
 
 BATCH, LENGTH = 8, 128  # texts a step, bytes a text
-LEARNING_RATE, WARM_UP_STEPS, ADAM_EPSILON = 1e-3, 30, 1e-6
+LEARNING_RATE, WARM_UP_STEPS = 1e-3, 30
+# Top-k routing is discontinuous: sooner or later a rounding difference sends a token to another expert, and Adam scales
+# even the smallest gradient up to a full step. With this epsilon the runs stay comparable to the end.
+ADAM_EPSILON = 3e-4
 PROMPT, NEW_BYTES = "The value of the ", 160
 HELD_OUT_BATCHES = 16
 LOSS_TOLERANCE = 1e-3
@@ -70,7 +73,7 @@ def run(steps: int, out: Path, options: moefx.Options) -> int:
     files[1].write_text(f"{report}\n", encoding="utf-8")
     print("written    " + ", ".join(str(file) for file in files))
     print(f"time       {time.perf_counter() - began:.0f} s in all\n")
-    return verdict(final, original.losses[-1], optimised.losses[-1])
+    return verdict(final, (original.losses[-1], optimised.losses[-1]))
 
 
 @dataclass(frozen=True)
@@ -265,17 +268,16 @@ def plot(original: Sequence[float], optimised: Sequence[float], path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
-def verdict(final: tuple[float, float], last_original: float, last_optimised: float) -> int:
-    difference = abs(final[0] - final[1])
-    line = (
-        f"final loss on held-out text: as it is {final[0]:.5f}, optimised {final[1]:.5f}, "
-        f"difference {difference:.1e} (in the last training step {abs(last_original - last_optimised):.1e})"
+def verdict(held_out: tuple[float, float], last_step: tuple[float, float]) -> int:
+    """Print the final losses, of (the original, the optimised); return 0 if both pairs are close, else 1."""
+    differences = [abs(a - b) for a, b in (held_out, last_step)]
+    line = "; ".join(
+        f"{what} as it is {pair[0]:.5f}, optimised {pair[1]:.5f}, difference {difference:.1e}"
+        for what, pair, difference in zip(("on held-out text", "in the last step"), (held_out, last_step), differences)
     )
-    if difference <= LOSS_TOLERANCE:  # false for NaN
-        print(f"OK: {line}")
-        return 0
-    print(f"FAILED: {line}; at most {LOSS_TOLERANCE:g} is allowed")
-    return 1
+    agree = all(difference <= LOSS_TOLERANCE for difference in differences)  # a NaN is not
+    print(f"OK: final loss {line}" if agree else f"FAILED: final loss {line}; at most {LOSS_TOLERANCE:g} is allowed")
+    return 0 if agree else 1
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefx.errors import Decline, InputError
 
@@ -67,6 +68,35 @@ def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.floa
             if name in m.__dict__:
                 m.__dict__[name] = type(m.__dict__[name])()
     return twin
+
+
+class GroupedInDouble(TorchDispatchMode):
+    """torch's grouped_mm has no float64 kernel; while this is active it has, so that probes can run blocks that use it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
+            return grouped_product(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
+    """The meaning of aten._grouped_mm: products of the segments that `offs` [E] (ends) cuts, or of whole batches."""
+    if offs is None:
+        return torch.bmm(a, b)
+    ends = offs.tolist()
+    segments = [slice(start, end) for start, end in zip([0, *ends], ends)]
+    if a.dim() == 2 and b.dim() == 2:  # the contracted dimension is cut: [E, M, N]
+        return torch.stack([a[:, s] @ b[s] for s in segments])
+    if a.dim() == 2:  # rows are cut
+        out = a.new_zeros(a.shape[0], b.shape[2])
+        for e, s in enumerate(segments):
+            out[s] = a[s] @ b[e]
+        return out
+    out = a.new_zeros(a.shape[1], b.shape[1])  # columns are cut
+    for e, s in enumerate(segments):
+        out[:, s] = a[e] @ b[:, s]
+    return out
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moefx.errors import Decline
-from moefx.probe import Example, draw, shapes_for
+from moefx.probe import Example, GroupedInDouble, draw, shapes_for
 
 # relative error allowed, by the least precise floating dtype that took part
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -95,7 +95,9 @@ def run_once(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     passed = [t * 1 if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
     a, k = pytree.tree_unflatten(passed, spec)
     params = {n: p for n, p in module.named_parameters() if p.is_floating_point()} if gradients else {}
-    with _requires_grad(params), torch.random.fork_rng(devices=_devices(module)), torch.set_grad_enabled(gradients):
+    double = any(p.dtype == torch.float64 for p in module.parameters())
+    emulated = GroupedInDouble() if double else contextlib.nullcontext()
+    with _requires_grad(params), torch.random.fork_rng(devices=_devices(module)), torch.set_grad_enabled(gradients), emulated:
         torch.manual_seed(7)
         flat = pytree.tree_leaves(run(a, k))
         outputs = [t for t in flat if isinstance(t, Tensor)]

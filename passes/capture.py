@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from moefx import sizes
 from moefx.errors import Decline
+from moefx.probe import GroupedInDouble
 from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild
 
 class Recorder(TorchFunctionMode):
@@ -223,7 +224,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     leaves, _ = pytree.tree_flatten((args, kwargs))
     inputs = tuple(recorder.value_of(x, None, "input", f"in{i}") if isinstance(x, Tensor) else x for i, x in enumerate(leaves))
     before = {path: _attributes(child) for path, child in module.named_modules()}
-    with _observed(module, recorder), torch.enable_grad(), watch or contextlib.nullcontext(), recorder:
+    with _observed(module, recorder), torch.enable_grad(), GroupedInDouble(), watch or contextlib.nullcontext(), recorder:
         try:
             result = module.forward(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the block raises is the reason for declining it

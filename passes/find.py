@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_GROUPS = 4  # expert groups tried in one block
 MAX_SUMS = 12  # candidate combined outputs that are explained per token base
+MAX_LABEL = 1 << 14  # larger integers are not expert ids
 MAX_SLOTS = 64  # routing slots K considered per token
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -417,7 +418,7 @@ def _explanations(
             if transposed != (ids.shape[0] == k and ids.shape[-1] != k) and k > 1:
                 continue
             labels = slots(ids.tensor, k, transposed).long()
-            if int(labels.min()) < 0 and identity is not None:
+            if int(labels.max()) > MAX_LABEL or int(labels.min()) < 0 and identity is not None:
                 continue
             order = _label_order(labels, support, bank)
             if order is None:
