@@ -1,4 +1,4 @@
-"""A rewritten block stays the user's module: parameters, gradients, dtypes, copies, hooks, odd inputs, every way of calling.
+"""A rewritten block stays the user's module: parameters, gradients, dtypes, copies, hooks, odd inputs, ways of calling.
 
 Each test builds a block twice from one seed, optimises one of the two and compares.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ import moefx
 import pytest
 import torch
 import torch.nn.functional as F
+from moefx.block import rewritten
 from moefx.models import BLOCKS, GptOssMoE, MixtralMoE, SwitchMoE
 from styles_positive import softmax_top_k
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ def tokens(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Te
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    return "forward" in module.__dict__
+    return rewritten(module) is not None
 
 
 def pair(
@@ -257,11 +259,11 @@ def test_pickle(make: Callable[[], nn.Module]) -> None:
     assert relative(mine(x), original(x)) <= CLOSE
     again = moefx.optimize(pickle.loads(pickle.dumps(mine)), (x,))
     assert len(moefx.explain(again).found) == 1
-    assert type(again.__dict__["forward"]) is type(mine.__dict__["forward"]), "reported as found, but it is not rewritten"
+    assert type(again.__dict__["forward"]) is type(mine.__dict__["forward"]), "found, but not rewritten"
     moefx.restore(again)
     moefx.restore(loaded)
-    assert not is_rewritten(again)
-    assert not is_rewritten(loaded)
+    assert "forward" not in again.__dict__
+    assert "forward" not in loaded.__dict__
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -441,10 +443,11 @@ def test_dtype_moves_after_the_rewrite(name: str) -> None:
     assert_same(original, mine, x)
     for dtype, tolerance in ROUNDED.items():
         rounded, moved = copy.deepcopy(original).to(dtype), copy.deepcopy(mine).to(dtype)
-        a, b, truth = moved(x.to(dtype)), rounded(x.to(dtype)), copy.deepcopy(rounded).double()(x.to(dtype).double())
+        a, b = moved(x.to(dtype)), rounded(x.to(dtype))
+        truth = copy.deepcopy(rounded).double()(x.to(dtype).double()).detach()
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         # a tie in the router may fall the other way in the truth: rows, and the middle one of them
-        error = [float((y.double() - truth).abs().amax(-1).median() / truth.abs().max()) for y in (a, b)]
+        error = [float((y.detach().double() - truth).abs().amax(-1).median() / truth.abs().max()) for y in (a, b)]
         assert error[0] <= max(1.5 * error[1], 1e-4), f"{dtype}: {error}"
         assert relative(a, b) <= tolerance * 2, dtype
         assert_same_gradients(gradients(moved, x.to(dtype)), gradients(rounded, x.to(dtype)), 4 * tolerance)
@@ -564,7 +567,7 @@ def fired(module: nn.Module, x: Tensor, paths: list[str]) -> dict[str, list[Any]
         handles += [
             child.register_forward_hook(lambda m, a, out, p=path: note(f"{p} out", out)),
             child.register_forward_pre_hook(lambda m, a, p=path: note(f"{p} in", a)),
-            child.register_full_backward_hook(lambda m, a, g, p=path: note(f"{p} grad", tuple(t for t in g if t is not None))),
+            child.register_full_backward_hook(lambda m, a, g, p=path: note(f"{p} grad", [t for t in g if t is not None])),
         ]
     module(x.clone().requires_grad_()).square().sum().backward()
     for handle in handles:
@@ -893,6 +896,28 @@ def test_ways_of_calling() -> None:
         assert_same(original, mine, tokens(*shape))
 
 
+def test_signature() -> None:
+    """Libraries ask `forward` for its arguments."""
+    original, mine = pair(ManyArguments)
+    assert inspect.signature(mine.forward) == inspect.signature(original.forward)
+    waiting = moefx.optimize(ManyArguments())
+    assert inspect.signature(waiting.forward) == inspect.signature(original.forward)
+
+
+def test_an_argument_that_is_new_in_every_call() -> None:
+    """A schedule must not cost an analysis a step, nor memory without end."""
+    original, mine = pair(ManyArguments)
+    forward = rewritten(mine)
+    assert forward is not None
+    analyses, analyse = [], forward.analyse
+    forward.analyse = lambda *call: (analyses.append(call), analyse(*call))[1]  # type: ignore[func-returns-value]
+    for step in range(20):
+        scale = 1.0 + step / 32
+        assert relative(mine(tokens(1, 3), scale=scale), original(tokens(1, 3), scale=scale)) <= CLOSE
+    assert len(analyses) <= 10
+    assert len(forward.variants) <= 30
+
+
 def test_wrong_calls_raise_what_the_original_raises() -> None:
     original, mine = pair(ManyArguments)
     bad: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
@@ -905,7 +930,7 @@ def test_wrong_calls_raise_what_the_original_raises() -> None:
         ((tokens().double(),), {}),
     ]
     for args, kwargs in bad:
-        with pytest.raises(Exception) as expected:  # noqa: B017, PT011 - whatever the original raises
+        with pytest.raises(Exception) as expected:  # whatever the original raises
             original(*args, **kwargs)
         with pytest.raises(expected.type):
             mine(*args, **kwargs)

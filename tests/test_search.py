@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from moefx.models import MixtralMoE, TinyMoELM
 from torch import Tensor, nn
 
-from moefx.models import MixtralMoE, TinyMoELM
 from moefx.search import candidates, observe, plausible, structure_key
 
 D, E = 16, 4

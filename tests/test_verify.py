@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from moefx.errors import Decline
 from moefx.probe import Example, probe_copy
-from moefx.verify import TOLERANCE, Case, Outcome, adversarial_cases, compare, precision, relative_error, run_once, verify
+from moefx.verify import (
+    TOLERANCE,
+    Case,
+    Outcome,
+    adversarial_cases,
+    compare,
+    precision,
+    relative_error,
+    run_once,
+    verify,
+)
 
 D, E, K = 8, 4, 2
 EXAMPLE = Example((torch.randn(2, 29, D, generator=torch.Generator().manual_seed(0)),), {})
@@ -75,7 +85,9 @@ def test_a_wrong_gradient_of_a_parameter_is_refuted():
     def detached(self: Block, x: Tensor) -> Tensor:
         y = right(self, x)
         gates = self.gates(x.reshape(-1, D)).detach()
-        return y.detach() + (y * 0 + torch.einsum("te,td,edf->tf", gates, x.reshape(-1, D), self.experts).view_as(x) - y.detach())
+        return y.detach() + (
+            y * 0 + torch.einsum("te,td,edf->tf", gates, x.reshape(-1, D), self.experts).view_as(x) - y.detach()
+        )
 
     with pytest.raises(Decline, match="on 2x23 tokens random the gradient of router.weight differs by"):
         judge(detached)
@@ -145,7 +157,9 @@ def test_failing_on_no_tokens_is_refuted():
 def test_a_number_of_outputs_or_a_shape_or_a_dtype_that_differs():
     with pytest.raises(Decline, match="returns 1 values, the rewritten one 2"):
         judge(lambda self, x: (right(self, x), x))
-    with pytest.raises(Decline, match=r"output 0 is torch.float64\[2, 23, 8\] in the original and torch.float64\[46, 8\]"):
+    with pytest.raises(
+        Decline, match=r"output 0 is torch.float64\[2, 23, 8\] in the original and torch.float64\[46, 8\]"
+    ):
         judge(lambda self, x: right(self, x).reshape(-1, D))
     with pytest.raises(Decline, match="and torch.float32"):
         judge(lambda self, x: right(self, x).float())
@@ -251,7 +265,10 @@ def test_small_gradients_are_measured_against_the_largest():
 
 
 def test_compare_constants():
-    assert compare(Outcome([3, None, "a"], {}), Outcome([3, None, "a"], {}), 1e-9, "here") == {"forward": 0, "gradient": 0}
+    assert compare(Outcome([3, None, "a"], {}), Outcome([3, None, "a"], {}), 1e-9, "here") == {
+        "forward": 0,
+        "gradient": 0,
+    }
     with pytest.raises(Decline, match="on here output 0 is 3 in the original and 4 rewritten"):
         compare(Outcome([3], {}), Outcome([4], {}), 1e-9, "here")
 
@@ -270,7 +287,7 @@ class Fixed(nn.Module):
         self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
     def forward(self, rows: int) -> Tensor:
-        return self.w.expand(rows, 3).view(6, -1)  # an even number of rows only
+        return self.w.expand(rows, 3).reshape(6, -1)  # an even number of rows only
 
 
 def test_a_block_without_token_sizes_has_one_case():
