@@ -1,7 +1,8 @@
 """Which submodules may hold an MoE block: a cheap look at parameters and at one run of the model.
 
 A candidate is a called module that (a) holds matrices that could be experts: a stack, repeats of one shape, or several in
-all, and (b) makes a selection while it runs (top-k, argmax, a comparison ...) or is given integers. Candidates are tried
+all, and (b) makes a selection while it runs (top-k, argmax ...) or is given routing (integers and floats of one shape);
+weaker signs, comparisons and integers, count where its matrices look alike. Candidates are tried
 deepest first, so the smallest sufficient module wins; the search climbs no further than the first module that repeats.
 """
 
@@ -21,10 +22,9 @@ from torch.utils import _pytree as pytree
 from moefx.errors import InputError
 from moefx.probe import Example, bind
 
-SELECTIONS = frozenset(
-    "topk argmax argmin sort argsort nonzero where one_hot max min multinomial bucketize searchsorted gt lt ge le eq "
-    "__gt__ __lt__ __ge__ __le__ __eq__ kthvalue msort unique scatter scatter_".split()
-)
+# what routers do and hardly anything else; and what routers and much else do
+STRONG = frozenset("topk argmax argmin sort argsort nonzero one_hot multinomial kthvalue msort bincount".split())
+WEAK = frozenset("where max min amax gt lt ge le eq __gt__ __lt__ __ge__ __le__ __eq__ scatter scatter_ bucketize".split())
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Observation:
     """What one run of the model showed of its modules."""
 
     examples: dict[str, Example] = field(default_factory=dict)
-    selects: set[str] = field(default_factory=set)
+    selects: set[str] = field(default_factory=set)  # made a strong selection
+    compares: set[str] = field(default_factory=set)  # made a weak one
 
 
 class _Selections(TorchFunctionMode):
@@ -41,8 +42,11 @@ class _Selections(TorchFunctionMode):
         self.seen, self.stack = seen, stack
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in SELECTIONS:
+        name = getattr(func, "__name__", "")
+        if name in STRONG:
             self.seen.selects.update(self.stack)
+        elif name in WEAK:
+            self.seen.compares.update(self.stack)
         return func(*args, **(kwargs or {}))
 
 
@@ -88,19 +92,44 @@ def candidates(model: nn.Module, seen: Observation) -> list[str]:
     modules = dict(model.named_modules())
     picked = []
     for name, example in seen.examples.items():
-        integers = any(
-            isinstance(x, Tensor) and not x.is_floating_point()
-            for x in pytree.tree_leaves((example.args, example.kwargs))
-        )
-        if (name in seen.selects or integers) and not _repeats(modules[name], name, seen):
+        alike = holds_alike(modules[name])
+        routed = name in seen.selects or _given_routing(example) or alike and (name in seen.compares or _given_integers(example))
+        if routed and not _repeats(modules[name], name, seen):
             picked.append(name)
     return sorted(picked, key=lambda n: (-n.count(".") - bool(n), list(modules).index(n)))
+
+
+def holds_alike(module: nn.Module) -> bool:
+    """Whether it holds a stack of matrices, or submodules of one structure with several matrices, or many matrices alike."""
+    if any(p.dim() >= 3 and p.shape[0] > 1 for p in module.parameters()):
+        return True
+    shapes = Counter(tuple(p.shape) for p in module.parameters() if p.dim() >= 2)
+    if any(n > 4 for n in shapes.values()):
+        return True
+    kinds = Counter(
+        (type(m), matrices)
+        for m in module.modules()
+        if m is not module and len(matrices := tuple(tuple(p.shape) for p in m.parameters() if p.dim() >= 2)) >= 2
+    )
+    return any(n >= 2 for n in kinds.values())
+
+
+def _given_integers(example: Example) -> bool:
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    return any(isinstance(x, Tensor) and not x.is_floating_point() for x in leaves)
+
+
+def _given_routing(example: Example) -> bool:
+    """Integers and floats of one shape: expert ids and their weights."""
+    tensors = [x for x in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(x, Tensor) and x.dim() >= 2]
+    floats = {tuple(t.shape) for t in tensors if t.is_floating_point()}
+    return any(tuple(t.shape) in floats for t in tensors if not t.is_floating_point())
 
 
 def _repeats(module: nn.Module, name: str, seen: Observation) -> bool:
     """A module that runs two or more submodules of one structure which select on their own: a stack of layers."""
     prefix = f"{name}." if name else ""
-    inner = [m for n, m in module.named_modules() if n and prefix + n in seen.examples and prefix + n in seen.selects]
+    inner = [m for n, m in module.named_modules() if n and prefix + n in seen.examples and prefix + n in seen.selects | seen.compares]
     kinds = Counter((type(m), tuple(tuple(p.shape) for p in m.parameters())) for m in inner)
     return any(n >= 2 for n in kinds.values())
 

@@ -85,8 +85,15 @@ class Outcome:
     gradients: dict[str, Tensor | None]
 
 
-def run_once(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> Outcome:
-    """Outputs, and gradients of every parameter and float input for fixed random cotangents."""
+def run_once(
+    run: Run,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    gradients: bool,
+    wanted: list[str] | None = None,
+) -> Outcome:
+    """Outputs, and gradients of the parameters `wanted` (None: all) and of float inputs for fixed random cotangents."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
     differentiable = [
@@ -94,10 +101,12 @@ def run_once(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     ]
     passed = [t * 1 if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
     a, k = pytree.tree_unflatten(passed, spec)
-    params = {n: p for n, p in module.named_parameters() if p.is_floating_point()} if gradients else {}
+    named = dict(module.named_parameters()) if gradients else {}
+    params = {n: p for n, p in named.items() if p.is_floating_point() and (wanted is None or n in wanted)}
+    others = {n: p for n, p in named.items() if n not in params}
     double = any(p.dtype == torch.float64 for p in module.parameters())
     emulated = GroupedInDouble() if double else contextlib.nullcontext()
-    with _requires_grad(params), torch.random.fork_rng(devices=_devices(module)), torch.set_grad_enabled(gradients), emulated:
+    with _requires_grad(params, True), _requires_grad(others, False), torch.random.fork_rng(devices=_devices(module)), torch.set_grad_enabled(gradients), emulated:
         torch.manual_seed(7)
         flat = pytree.tree_leaves(run(a, k))
         outputs = [t for t in flat if isinstance(t, Tensor)]
@@ -113,10 +122,10 @@ def run_once(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 @contextlib.contextmanager
-def _requires_grad(params: dict[str, nn.Parameter]) -> Iterator[None]:
+def _requires_grad(params: dict[str, nn.Parameter], wanted: bool) -> Iterator[None]:
     before = {n: p.requires_grad for n, p in params.items()}
     for p in params.values():
-        p.requires_grad_(True)
+        p.requires_grad_(wanted)
     try:
         yield
     finally:

@@ -8,14 +8,15 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import moefx
 import pytest
 import torch
 from hf_families import TinyModel, build
-from moefx.block import rewritten
 from moefx.models import MixtralMoE, TinyMoELM
 from test_block import CLOSE, ListBlock, assert_same_gradients, relative, tokens
 from torch import Tensor, nn
+
+import moefx
+from moefx.block import rewritten
 
 MODELS = ("mixtral", "qwen3_moe")  # each is optimised once for all tests (`hf_pair`), and some tests use one of them
 every_model = pytest.mark.parametrize("family", MODELS)

@@ -7,13 +7,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import moefx
 import pytest
 import torch
 from moefx.models import TinyMoELM
 from test_api import blocks_of, ids, picture, small_lm
-from test_block import CLOSE, D, E, K, Expert, ListBlock, assert_same, relative, run_experts, tokens
+from test_block import CLOSE, D, E, Expert, K, ListBlock, assert_same, relative, run_experts, tokens
 from torch import Tensor, nn
+
+import moefx
 
 # ------------------------------------------------------------------------------------------------ nothing to find
 
