@@ -29,7 +29,7 @@ LEARNING_RATE, WARM_UP_STEPS = 1e-3, 30
 # Top-k routing is discontinuous: sooner or later a rounding difference sends a token to another expert, and Adam scales
 # even the smallest gradient up to a full step. With this epsilon the runs stay comparable to the end.
 ADAM_EPSILON = 3e-4
-PROMPT, NEW_BYTES = "The value of the ", 160
+PROMPT, NEW_BYTES, TEMPERATURE = "The value of the ", 160, 0.5
 HELD_OUT_BATCHES = 16
 LOSS_TOLERANCE = 1e-3
 SMALLEST_SHOWN = 1e-8  # a logarithmic axis has no zero
@@ -220,12 +220,13 @@ def step_times(original: Trainee, optimised: Trainee) -> str:
 
 @torch.no_grad()
 def sample(original: Any, optimised: Any) -> str:
-    """Let both copies continue the prompt, taking the likeliest byte each time; return what the optimised one wrote."""
+    """Let both copies continue the prompt with the same random numbers; return what the optimised one wrote."""
     prompt = torch.tensor([list(PROMPT.encode())])
-    written = [
-        model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_BYTES, do_sample=False)
-        for model in (original, optimised)
-    ]
+    written = []
+    for model in (original.eval(), optimised.eval()):
+        torch.manual_seed(SEED)
+        settings = {"max_new_tokens": NEW_BYTES, "do_sample": True, "temperature": TEMPERATURE}
+        written.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings))
     as_original, as_optimised = (bytes(ids[0].tolist()) for ids in written)
     same = "the same" if as_original == as_optimised else "a different text"
     lines = as_optimised.decode(errors="replace").splitlines()
