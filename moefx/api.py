@@ -72,14 +72,16 @@ def _hypotheses(
 ) -> Iterator[Hypothesis]:
     """What the block may compute. all_reached: stop at the first sign of experts that no token reached in this run."""
     first = Lifter(twin)
-    trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
+    with probe.state_kept(twin):
+        trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
     find.side_effects(trace)
     groups = find.expert_groups(first)
     if not groups:
         near.append("no parameters take each other's place in one computation, as experts do")
     for group in groups:
         lifter = Lifter(twin, group)
-        trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
+        with probe.state_kept(twin):
+            trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
         if all_reached:
             find.check_reached(twin, lifter)
         yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
@@ -152,7 +154,7 @@ def _realise(
 
 def _runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
-        with torch.no_grad(), probe.GroupedInDouble():
+        with torch.no_grad(), probe.GroupedInDouble(), probe.state_kept(twin):
             twin.forward(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         return True
     except Exception:  # noqa: BLE001 - any failure of the block on these inputs

@@ -166,7 +166,7 @@ class Example:
         """The distinct sizes of token dimensions: all but the last of float tensors, else all of integer tensors."""
         tensors = [t for t in self.leaves() if isinstance(t, Tensor)]
         floats = [t for t in tensors if t.is_floating_point() and t.dim() >= 2]
-        dims = [n for t in floats for n in t.shape[:-1]] or [n for t in tensors for n in t.shape]
+        dims = [n for t in floats for n in t.shape[:-1]] or [n for t in tensors if not t.is_floating_point() for n in t.shape]
         return tuple(dict.fromkeys(dims))
 
 
@@ -214,6 +214,9 @@ def draw(
     leaves, spec = pytree.tree_flatten((example.args, example.kwargs))
     partners = [tuple(t.shape) for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
+    floats = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.dim() >= 2]
+    only_masks = all(map(_is_mask, floats))  # an example of zeros or ones: then it is no mask, but the tokens
+
     def resize(t: Tensor, dims: range) -> Tensor:
         for d in dims:
             if t.shape[d] in new_size:
@@ -225,7 +228,7 @@ def draw(
         if not isinstance(t, Tensor):
             return copy.deepcopy(t)
         if t.is_floating_point():
-            if t.dim() < 2 or _is_mask(t):
+            if t.dim() < 2 or _is_mask(t) and not only_masks:
                 return resize(t, range(t.dim())).to(dtype)
             shape = [new_size.get(n, n) for n in t.shape[:-1]] + [t.shape[-1]]
             if any(not i.is_floating_point() and i.shape == t.shape for i in leaves if isinstance(i, Tensor)):

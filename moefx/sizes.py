@@ -67,7 +67,17 @@ def make(value: Any, expr: Expr, log: Log) -> Any:
 
 def plain(value: Any) -> Any:
     """The bare number behind a Size or Fraction."""
-    return int(value) if isinstance(value, Size) else float(value) if isinstance(value, Fraction) else value
+    return int.__int__(value) if isinstance(value, Size) else float(value) if isinstance(value, Fraction) else value
+
+
+def constant(value: float, log: Log) -> Fraction:
+    """A float that keeps what is computed from it and a size: Python gives `1.5 * size` to float, which forgets."""
+    return make(value, Expr(float, (value,)), log)
+
+
+def _of_sizes(expr: Any) -> bool:
+    """Whether any size is in it."""
+    return isinstance(expr, Expr) and (expr.fn is size_of or any(_of_sizes(a) for a in expr.args))
 
 
 def _expression(value: Any) -> Any:
@@ -83,7 +93,8 @@ def _bare(value: Any) -> Any:
 def apply(fn: Callable[..., Any], *operands: Any) -> Any:
     """fn(*operands) with its expression; at least one operand is a Size or Fraction."""
     log = next(o.log for o in operands if isinstance(o, (Size, Fraction)))
-    return make(fn(*(_bare(o) for o in operands)), Expr(fn, tuple(_expression(o) for o in operands)), log)
+    value, expr = fn(*(_bare(o) for o in operands)), Expr(fn, tuple(_expression(o) for o in operands))
+    return make(value, expr, log) if _of_sizes(expr) or type(value) is float else value
 
 
 def _method(fn: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
@@ -97,8 +108,10 @@ def _method(fn: Callable[..., Any], reflected: bool = False) -> Callable[..., An
 
 
 def _truncate(self: Any) -> int:
-    value = math.trunc(float.__float__(self))
-    self.log.truncations.append((Expr(math.trunc, (self.expr,)), value))
+    value = math.trunc(_bare(self))
+    if _of_sizes(self.expr):
+        expr = self.expr if isinstance(self, Size) else Expr(math.trunc, (self.expr,))
+        self.log.truncations.append((expr, value))
     return value
 
 
@@ -116,5 +129,5 @@ for _kind in (Size, Fraction):
     setattr(_kind, "__ceil__", _method(math.ceil))
     setattr(_kind, "__floor__", _method(math.floor))
     setattr(_kind, "__hash__", lambda self: hash(_bare(self)))
-setattr(Fraction, "__int__", _truncate)
-setattr(Fraction, "__trunc__", _truncate)
+    setattr(_kind, "__int__", _truncate)
+    setattr(_kind, "__trunc__", _truncate)

@@ -92,6 +92,7 @@ MOVES: dict[str, tuple[int, ...]] = {
     "where": (1, 2),
 }
 ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros empty empty_like new_empty empty_strided new_empty_strided zero".split())
+FILLS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}  # and where the value stands
 # op: (index of x, index of W, index of bias or None, whether W is transposed [O, I])
 CONTRACTIONS: dict[str, tuple[int, int, int | None]] = {
     "mm": (0, 1, None), "bmm": (0, 1, None), "addmm": (1, 2, 0), "baddbmm": (1, 2, 0), "mv": (0, 1, None), "addmv": (1, 2, 0),
@@ -127,6 +128,7 @@ class Lifter(TorchDispatchMode):
         self._codes: dict[int, Tensor | int] = {}
         self._itemsize: dict[int, int] = {}
         self._tainted: set[int] = set()
+        self._random: set[int] = set()  # storages of random numbers
         self._alive: list[Tensor] = []
         self._token_of: dict[int, int] = {}
         if self.experts is not None:
@@ -192,7 +194,8 @@ class Lifter(TorchDispatchMode):
         if tensor.numel() == 0 or storage in self.param_of:
             return
         whole = tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
-        if isinstance(codes, int) and (whole or codes == self._codes.get(storage, DATA)):
+        current = self._codes.get(storage, DATA)
+        if isinstance(codes, int) and (whole or isinstance(current, int) and codes == current):
             self._codes[storage] = codes
             self._itemsize[storage] = tensor.itemsize
             return
@@ -250,7 +253,9 @@ class Lifter(TorchDispatchMode):
         shared = {t.untyped_storage()._cdata for t in inputs}
         if not inplace and outputs and all(t.untyped_storage()._cdata in shared for t in outputs):
             return  # a view: codes live on the storage
-        if base in ZERO_FACTORIES:
+        if base in RANDOM:
+            self._random.update(t.untyped_storage()._cdata for t in outputs)
+        if base in ZERO_FACTORIES or base in FILLS and args[FILLS[base]] == 0:
             for t in outputs:
                 self.set_codes(t, ZERO)
             return
@@ -285,6 +290,8 @@ class Lifter(TorchDispatchMode):
             codes = self._grouped(args, outputs[0]) if len(outputs) == 1 and outputs[0].dim() == 2 else None
         if codes is None:
             self._settle(inputs)
+            if any(t.untyped_storage()._cdata in self._random for t in inputs):
+                self.notes.append("random numbers meet an expert's values")
             if any(isinstance(self._codes.get(t.untyped_storage()._cdata), Tensor) for t in inputs):
                 self.notes.append(f"lifting stopped at {func}")
         for i, t in enumerate(outputs):

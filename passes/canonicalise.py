@@ -311,7 +311,7 @@ class _Builder:
         if isinstance(x, Value):
             return self._object(x)
         if isinstance(x, (sizes.Size, sizes.Fraction)):
-            return self._expression(x.expr)
+            return self._expression(x.expr) if _expr_values(x.expr) else sizes.plain(x)
         if type(x) is int and x in self.truncated:
             return self._expression(self.truncated[x])
         if x is torch.float64:
@@ -334,6 +334,8 @@ class _Builder:
         if expr.fn is sizes.size_of:
             v, dim = expr.args
             return self.graph.call_method("size", (self._object(self._size_source(v)), dim))
+        if expr.fn is float:
+            return expr.args[0]
         args = tuple(self._expression(a) if isinstance(a, sizes.Expr) else a for a in expr.args)
         return self.graph.call_function(expr.fn, args)
 

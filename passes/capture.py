@@ -195,12 +195,18 @@ def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
         """min and max of sizes as expressions: no branch to guard."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            cut = {n: expr for expr, n in recorder.log.truncations if n > 1}
+            if cut and not kwargs and len(args) > 1:  # max(1, int(factor * tokens)): the number that int() cut
+                args = tuple(sizes.make(a, cut[a], recorder.log) if type(a) is int and a in cut else a for a in args)
             if not kwargs and len(args) > 1 and any(isinstance(a, (sizes.Size, sizes.Fraction)) for a in args):
                 return sizes.apply(choose, *args)
             return choose(*args, **kwargs)
 
         return call
 
+    floats = [(child, name, v) for child in module.modules() for name, v in vars(child).items() if type(v) is float]
+    for child, name, v in floats:
+        child.__dict__[name] = sizes.constant(v, recorder.log)
     plain_len, plain_min, plain_max = builtins.len, builtins.min, builtins.max
     function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     builtins.len = size_aware_len  # type: ignore[assignment]
@@ -209,6 +215,9 @@ def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         builtins.len, builtins.min, builtins.max = plain_len, plain_min, plain_max
+        for child, name, v in floats:
+            if isinstance(child.__dict__.get(name), sizes.Fraction):
+                child.__dict__[name] = v
         function.apply = original  # type: ignore[method-assign]
         for handle in handles:
             handle.remove()
