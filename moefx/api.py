@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 import inspect
 import logging
 import time
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moefx import probe, search, verify
-from moefx.block import RewrittenForward, Variant, call_key, install, rewritten, uninstall
+from moefx.block import (
+    RewrittenForward,
+    Variant,
+    _original_forward,
+    call_key,
+    foreign_forward,
+    install,
+    rewritten,
+    settings_of,
+    uninstall,
+)
 from moefx.build import compile_region
 from moefx.errors import Decline, InputError
 from moefx.options import Options
@@ -42,6 +53,9 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
 
     args, kwargs: one real call in normal form (`probe.bind`). Raises Decline with the reason and the nearest miss.
     """
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if not isinstance(leaf, (Tensor, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)):
+            raise Decline(f"the block takes a {type(leaf).__name__}: what it holds cannot be followed from call to call")
     example = probe.Example.of(args, kwargs)
     experts = probe.guess_experts(module)
     reasons: list[Decline] = []
@@ -144,7 +158,8 @@ def _realise(
     location = f"{inspect.getsourcefile(type(module)) or '?'}:{_first_line(type(module))}"
     variant = Variant(
         compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
-        rewrite.swallowed, GuardFailed, lowest, {}, location, stages,
+        rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
+        tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed),
     )  # fmt: skip
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)
@@ -204,7 +219,9 @@ def optimize(model: nn.Module, example_inputs: Any = None, options: Options | No
     Raises InputError when example_inputs do not fit the model.
     """
     _check_model(model)
-    state = model.__dict__.get(_STATE)
+    if options is not None and not isinstance(options, Options):
+        raise InputError(f"options must be moefx.Options; got {type(options).__name__}")
+    state = _state(model)
     if state is not None:
         if options is None or state["options"] == options:
             if state["report"].pending and example_inputs is not None:
@@ -214,9 +231,9 @@ def optimize(model: nn.Module, example_inputs: Any = None, options: Options | No
         restore(model)
     options = options or Options()
     report = Report(pending=example_inputs is None)
-    model.__dict__[_STATE] = {"report": report, "options": options, "handles": []}
+    model.__dict__[_STATE] = _State(report=report, options=options)
     if example_inputs is None:
-        _wait_for_first_call(model)
+        model.__dict__["forward"] = _Waiting(model)
         return model
     try:
         seen = _run_example(model, example_inputs)
@@ -233,7 +250,9 @@ def explain(model: nn.Module, example_inputs: Any = None, options: Options | Non
     Raises InputError when the model is not optimised and no example_inputs are given.
     """
     _check_model(model)
-    state = model.__dict__.get(_STATE)
+    if options is not None and not isinstance(options, Options):
+        raise InputError(f"options must be moefx.Options; got {type(options).__name__}")
+    state = _state(model)
     if state is not None:
         report: Report = state["report"]
         return report
@@ -249,12 +268,28 @@ def explain(model: nn.Module, example_inputs: Any = None, options: Options | Non
 def restore(model: nn.Module) -> nn.Module:
     """Gives every rewritten block its own forward back. Parameters stay as they are. Idempotent."""
     _check_model(model)
-    state = model.__dict__.pop(_STATE, None)
-    for handle in state["handles"] if state else []:
-        handle.remove()
+    model.__dict__.pop(_STATE, None)
+    waiting = model.__dict__.get("forward")
+    if isinstance(waiting, _Waiting):
+        waiting.stop()
     for module in model.modules():
         uninstall(module)
     return model
+
+
+class _State(dict):  # type: ignore[type-arg]
+    """A pickled model comes back unoptimised: its state comes back as an empty dict."""
+
+    def __reduce__(self) -> Any:
+        return (dict, ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        return _State(report=copy.deepcopy(self["report"], memo), options=self["options"])
+
+
+def _state(model: nn.Module) -> _State | None:
+    state = model.__dict__.get(_STATE)
+    return state if isinstance(state, _State) else None
 
 
 def _check_model(model: Any) -> None:
@@ -296,37 +331,55 @@ def _run_example(model: nn.Module, example_inputs: Any) -> search.Observation:
     return seen
 
 
-def _wait_for_first_call(model: nn.Module) -> None:
-    """Observes the user's first call, and rewrites when it is over."""
-    state = model.__dict__[_STATE]
-    active: list[contextlib.AbstractContextManager[search.Observation]] = []
-    found: list[search.Observation] = []
+class _Waiting:
+    """Stands at `model.forward` until the first call that succeeds: observes it, and rewrites when it is over."""
 
-    def before(_m: nn.Module, _a: Any, _k: Any) -> None:
-        if not active:
-            active.append(search.observe(model))
-            found.append(active[0].__enter__())
-            # the observer's own hooks were registered after this call began: the root's inputs are taken here
-            with contextlib.suppress(InputError, TypeError, RuntimeError):
-                found[0].examples[""] = probe.Example.of(*probe.bind(model, _a, _k))
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.previous = model, model.__dict__.get("forward")
+        self.__signature__ = inspect.signature(model.forward)
 
-    def after(_m: nn.Module, _a: Any, _out: Any) -> None:
-        if active:
-            active[0].__exit__(None, None, None)
-            for handle in state["handles"]:
-                handle.remove()
-            state["handles"].clear()
-            state["report"].pending = False
-            _rewrite(model, found[0], state["options"], state["report"], replace=True)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        self.stop()  # the model may call itself
+        try:
+            with search.observe(model, inside=True) as seen:
+                # the observer's hooks were registered after this call began: the root's inputs are taken here
+                with contextlib.suppress(Exception):
+                    seen.examples[""] = probe.Example.of(*probe.bind(model, args, kwargs))
+                result = model.forward(*args, **kwargs)
+        except BaseException:
+            model.__dict__["forward"] = self
+            raise
+        state = model.__dict__[_STATE]
+        state["report"].pending = False
+        _rewrite(model, seen, state["options"], state["report"], replace=True)
+        return result
 
-    state["handles"] += [
-        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        model.register_forward_hook(after, always_call=True),
-    ]
+    def stop(self) -> None:
+        """The model has its own forward again."""
+        del self.model.__dict__["forward"]
+        if self.previous is not None:
+            self.model.__dict__["forward"] = self.previous
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Waiting:
+        twin = object.__new__(_Waiting)
+        twin.__dict__.update(self.__dict__)
+        twin.model, twin.previous = copy.deepcopy((self.model, self.previous), memo)
+        return twin
+
+    def __reduce__(self) -> Any:
+        return (_original_forward, (self.model,))
 
 
 def _rewrite(model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool) -> None:
     """Tries every candidate, deepest first; equal structures share one analysis."""
+    with probe.neutral():
+        _rewrite_candidates(model, seen, options, report, replace)
+
+
+def _rewrite_candidates(
+    model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool
+) -> None:
     start = time.perf_counter()
     modules = dict(model.named_modules())
     analysed: dict[Any, tuple[str, dict[Any, Variant | Decline]]] = {}
@@ -336,6 +389,7 @@ def _rewrite(model: nn.Module, seen: search.Observation, options: Options, repor
             continue  # a smaller part of it was rewritten
         module, example = modules[name], seen.examples[name]
         if rewritten(module) is not None:
+            done.append(name)
             continue
         key = (search.structure_key(module), _signature(example), module.training)
         first, variants = analysed.setdefault(key, (name, {}))
@@ -355,13 +409,17 @@ def _rewrite(model: nn.Module, seen: search.Observation, options: Options, repor
 
 def _analyser(options: Options) -> Callable[..., Variant]:
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-        return analyse(module, args, kwargs, options)
+        with probe.neutral():
+            return analyse(module, args, kwargs, options)
 
     return run
 
 
 def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, first: bool) -> Variant | Decline:
     """Analyses the mode the block is in and the other one, and checks the block itself: its weights, dtype, device."""
+    for name, child in module.named_modules():
+        if foreign_forward(child):
+            return Decline(f"{name or 'the block'} has a forward of its own on the instance: what it does is not known")
     try:
         variant = forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
         if isinstance(variant, Decline):

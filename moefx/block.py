@@ -8,6 +8,7 @@ runs the original, and the report says why.
 from __future__ import annotations
 
 import copy
+import enum
 import inspect
 import logging
 import types
@@ -22,6 +23,9 @@ from torch.utils import _pytree as pytree
 from moefx.errors import Decline
 from moefx.ir import Region
 from moefx.routing import Routing, region_inputs
+
+MAX_VARIANTS = 8  # ways of calling one block that are analysed
+PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, enum.Enum)  # arguments that a variant is made for
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ class Variant:
     errors: dict[str, float]
     location: str
     stages: tuple[tuple[str, str], ...]  # (stage, text)
+    settings: tuple[tuple[str, str, Any], ...] = ()  # plain attributes it was made for: (module, name, value)
+    types: tuple[tuple[str, type], ...] = ()  # of the submodules whose code it stands for
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten forward on normalised arguments (see `probe.bind`)."""
@@ -89,9 +95,23 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     def kind(x: Any) -> Any:
         if isinstance(x, Tensor):
             return ("tensor", x.dim(), x.is_floating_point())
-        return x if isinstance(x, (int, float, str, bool, type(None))) else type(x)
+        return (type(x), x) if isinstance(x, PLAIN) else type(x)
 
     return (module.training, spec, tuple(kind(x) for x in leaves))
+
+
+def settings_of(module: nn.Module, kept: tuple[str, ...]) -> tuple[tuple[str, str, Any], ...]:
+    """Plain attributes that a variant took as constants: all but those of submodules that are still called."""
+    found = []
+    for path, child in module.named_modules():
+        if any(path == k or path.startswith(k + ".") for k in kept):
+            continue
+        for name, value in vars(child).items():
+            if name == "training":
+                found.append((path, name, value == module.training))
+            elif isinstance(value, (int, float, str, type(None))) and not name.startswith("_"):
+                found.append((path, name, value))
+    return tuple(found)
 
 
 class RewrittenForward:
@@ -101,8 +121,10 @@ class RewrittenForward:
         self, module: nn.Module, analyse: Callable[..., Variant], variants: dict[Any, Variant | Decline]
     ) -> None:
         self.module, self.analyse, self.variants = module, analyse, variants
-        self.previous = module.__dict__.get("forward")
+        self.previous = module.__dict__.get("forward") if foreign_forward(module) else None
+        self.watched: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
         self.signature = inspect.signature(type(module).forward)
+        self.__signature__ = inspect.signature(types.MethodType(type(module).forward, module))  # for those who ask
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""
@@ -120,38 +142,61 @@ class RewrittenForward:
             log.warning(
                 "moefx keeps the original %s for this way of calling it: %s", type(self.module).__name__, variant
             )
-        if isinstance(variant, Decline) or self._hooked(variant):
+        if isinstance(variant, Decline) or self._changed(variant) or self._hooked(variant):
             return self.original(*args, **kwargs)
         try:
             return variant.run(self.module, flat_args, flat_kwargs)
         except variant.skip:
             return self.original(*args, **kwargs)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # not foreseen: the original decides
+            log.debug("the rewritten %s failed; the original runs", type(self.module).__name__, exc_info=True)
+            return self.original(*args, **kwargs)
 
     def variant_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | Decline:
         """The variant for this way of calling, analysed now if it is new."""
         key = call_key(self.module, args, kwargs)
+        if key not in self.variants and len(self.variants) >= MAX_VARIANTS:
+            return Decline(f"it is called in more than {MAX_VARIANTS} different ways")
         if key not in self.variants:
             try:
                 self.variants[key] = self.analyse(self.module, args, kwargs)
             except Decline as reason:
                 self.variants[key] = reason
+            except Exception as error:  # noqa: BLE001 - the user's call goes on with the original
+                log.exception("moefx failed on %s", type(self.module).__name__)
+                self.variants[key] = Decline(f"moefx itself failed: {type(error).__name__}: {error}")
         return self.variants[key]
+
+    def _changed(self, variant: Variant) -> bool:
+        """Whether plain attributes of the block (a scale, a top_k, the mode of a submodule) are not those of the analysis."""
+        watched = self.watched.get(id(variant))
+        if watched is None:
+            try:
+                watched = [(vars(self.module.get_submodule(p)), n, v) for p, n, v in variant.settings]
+            except AttributeError:
+                return True  # the user rearranged the block
+            self.watched[id(variant)] = watched
+        mode = self.module.training
+        return any((state.get(n) == mode) != v if n == "training" else state.get(n) != v for state, n, v in watched)
 
     def _hooked(self, variant: Variant) -> bool:
         """Hooks on submodules whose work the region took over: only the original can honour them."""
-        for path in variant.swallowed:
+        for path, kind in variant.types:
             try:
                 child = self.module.get_submodule(path)
             except AttributeError:
                 return True  # the user rearranged the block
+            if type(child) is not kind or foreign_forward(child):
+                return True
             if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
                 return True
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
-        twin = copy.copy(self)
+        twin = object.__new__(type(self))  # not copy.copy: that asks __reduce__
+        twin.__dict__.update(self.__dict__)
         twin.module = copy.deepcopy(self.module, memo)
-        twin.variants = dict(self.variants)
+        twin.variants, twin.watched = dict(self.variants), {}
         return twin
 
     def __reduce__(self) -> Any:
@@ -169,6 +214,12 @@ def rewritten(module: nn.Module) -> RewrittenForward | None:
     return forward if isinstance(forward, RewrittenForward) else None
 
 
+def foreign_forward(module: nn.Module) -> bool:
+    """Whether somebody else put a forward on this instance."""
+    own = module.__dict__.get("forward")
+    return not (own is None or isinstance(own, RewrittenForward) or getattr(own, "__func__", None) is type(module).forward)
+
+
 def install(module: nn.Module, forward: RewrittenForward) -> None:
     module.__dict__["forward"] = forward
 
@@ -177,6 +228,9 @@ def uninstall(module: nn.Module) -> bool:
     """Gives a module its own forward back; False if it was not rewritten."""
     forward = rewritten(module)
     if forward is None:
+        own = module.__dict__.get("forward")
+        if getattr(own, "__func__", None) is type(module).forward:  # what a pickled rewriting turned into
+            del module.__dict__["forward"]
         return False
     if forward.previous is None:
         del module.__dict__["forward"]

@@ -23,5 +23,7 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.degree, int) or isinstance(self.degree, bool) or self.degree < 1:
             raise InputError(f"Options.degree is the number of chunks, an integer >= 1; got {self.degree!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise InputError(f"Options.seed is an integer; got {self.seed!r}")
         if self.kernels not in ("auto", "torch", "triton"):
             raise InputError(f"Options.kernels must be 'auto', 'torch' or 'triton'; got {self.kernels!r}")

@@ -100,6 +100,15 @@ def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tens
 
 
 @contextlib.contextmanager
+def neutral() -> Iterator[None]:
+    """Analysis runs outside of the caller's inference_mode, no_grad and autocast."""
+    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def state_kept(module: nn.Module) -> Iterator[None]:
     """Runs of the user's own module inside leave no trace: buffers, plain attributes and random state are put back."""
     attributes = {child: _shallow(vars(child)) for child in module.modules()}
@@ -121,7 +130,8 @@ def state_kept(module: nn.Module) -> Iterator[None]:
                     value.update(content)
         with torch.no_grad():
             for b, before_b in buffers:
-                if b.shape == before_b.shape:
+                # a needless write would spoil the backward of a call that saved the buffer
+                if b.shape == before_b.shape and not torch.equal(b, before_b):
                     b.copy_(before_b)
 
 
@@ -156,7 +166,8 @@ class Example:
         def keep(x: Any) -> Any:
             return x.detach().cpu().clone() if isinstance(x, Tensor) else copy.deepcopy(x)
 
-        return Example(*pytree.tree_map(keep, (tuple(args), dict(kwargs))))
+        with torch.inference_mode(False):  # inference tensors would not take part in autograd
+            return Example(*pytree.tree_map(keep, (tuple(args), dict(kwargs))))
 
     def leaves(self) -> list[Any]:
         return list(pytree.tree_leaves((self.args, self.kwargs)))

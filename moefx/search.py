@@ -51,17 +51,17 @@ class _Selections(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def observe(model: nn.Module) -> Iterator[Observation]:
+def observe(model: nn.Module, inside: bool = False) -> Iterator[Observation]:
     """While active, a run of `model` is observed: the first inputs of each plausible module, and who selects."""
     seen = Observation()
-    stack: list[str] = []
+    stack: list[str] = [""] if inside else []  # inside: the call of the model itself has begun
     handles = []
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         stack.append(name)
         if name in plausible_names and name not in seen.examples:
             with torch._C.DisableTorchFunction():
-                with contextlib.suppress(InputError, TypeError, RuntimeError):
+                with contextlib.suppress(Exception):  # an argument that cannot be copied: no candidate
                     seen.examples[name] = Example.of(*bind(module, args, kwargs))
 
     plausible_names = {n for n, m in model.named_modules() if plausible(m)}
@@ -69,7 +69,7 @@ def observe(model: nn.Module) -> Iterator[Observation]:
         handles.append(
             module.register_forward_pre_hook(lambda m, a, k, n=name: enter(n, m, a, k), with_kwargs=True, prepend=True)
         )
-        handles.append(module.register_forward_hook(lambda m, a, out: stack.pop() and None, always_call=True))
+        handles.append(module.register_forward_hook(lambda m, a, out: stack.pop() and None if stack else None, always_call=True))
     try:
         with _Selections(seen, stack):
             yield seen

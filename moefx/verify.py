@@ -106,6 +106,7 @@ def run_once(
     others = {n: p for n, p in named.items() if n not in params}
     double = any(p.dtype == torch.float64 for p in module.parameters())
     emulated = GroupedInDouble() if double else contextlib.nullcontext()
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
     with _requires_grad(params, True), _requires_grad(others, False), torch.random.fork_rng(devices=_devices(module)), torch.set_grad_enabled(gradients), emulated:
         torch.manual_seed(7)
         flat = pytree.tree_leaves(run(a, k))
@@ -118,7 +119,12 @@ def run_once(
             sources = {**params, **{f"input {i}": t for i, t in enumerate(differentiable)}}
             found = torch.autograd.grad(roots, list(sources.values()), cotangents, allow_unused=True)
             grads = dict(zip(sources, found))
-    return Outcome([t.detach() if isinstance(t, Tensor) else t for t in flat], grads)
+    updated = [b.detach().clone() for b, _ in buffers]  # what a call writes into buffers is a result too
+    with torch.no_grad():
+        for b, before in buffers:
+            if not torch.equal(b, before):
+                b.copy_(before)
+    return Outcome([*(t.detach() if isinstance(t, Tensor) else t for t in flat), *updated], grads)
 
 
 @contextlib.contextmanager

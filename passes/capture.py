@@ -30,6 +30,7 @@ from moefx.errors import Decline
 from moefx.probe import GroupedInDouble
 from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild
 
+
 class Recorder(TorchFunctionMode):
     """Records torch functions and module calls while a block runs."""
 
@@ -265,9 +266,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         if isinstance(value, (list, tuple, set, dict)) and depth < 3:
             items = value.items() if isinstance(value, dict) else value
             return (len(value), *(picture(v, depth + 1) for v in items))
+        if hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module) and not callable(value) and depth < 3:
+            return (id(value), picture({k: v for k, v in vars(value).items() if not k.startswith("__")}, depth + 1))
         return id(value)
 
-    hidden = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+    hidden = ("_moefx", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
     own = {k: picture(v) for k, v in vars(module).items() if not (k.startswith(hidden) or k.endswith(("_with_kwargs", "_always_called")))}
     own.update({f"buffer {k}": id(v) for k, v in module._buffers.items()})
     return own

@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from moefx.passes._lift import Child, Lifter, Node, Piece, hash_rows
 from torch import Tensor, nn
 
 from moefx.errors import Decline
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template
-from moefx.passes._lift import Child, Lifter, Node, Piece, hash_rows
 from moefx.routing import Hypothesis, Routing, dense_gates, slots
 from moefx.trace import Trace, Value, values_in
 
