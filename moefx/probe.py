@@ -31,9 +31,13 @@ _TILE = 1_000_003  # a prime, so that tiled random numbers line up differently i
 def random_like(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Random values of the tensor's shape: matrices scaled by their fan-in, vectors around one."""
     base = torch.randn(min(tensor.numel(), _TILE), generator=generator, dtype=torch.float32).to(dtype)
-    flat = base if tensor.numel() <= _TILE else base.repeat(-(-tensor.numel() // _TILE))[: tensor.numel()]
-    values = flat.reshape(tensor.shape)
-    return values.mul_(tensor.shape[-1] ** -0.5) if tensor.dim() > 1 else values.mul_(0.1).add_(1.0)
+    base = base.mul_(tensor.shape[-1] ** -0.5) if tensor.dim() > 1 else base.mul_(0.1).add_(1.0)
+    if tensor.numel() <= _TILE:
+        return base.reshape(tensor.shape)
+    values = torch.empty(tensor.shape, dtype=dtype)
+    for piece in values.view(-1).split(_TILE):
+        piece.copy_(base[: piece.numel()])
+    return values
 
 
 def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -87,7 +91,10 @@ def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tens
     ends = offs.tolist()
     segments = [slice(start, end) for start, end in zip([0, *ends], ends)]
     if a.dim() == 2 and b.dim() == 2:  # the contracted dimension is cut: [E, M, N]
-        return torch.stack([a[:, s] @ b[s] for s in segments])
+        product = a.new_empty(len(segments), a.shape[0], b.shape[1])
+        for e, s in enumerate(segments):
+            torch.mm(a[:, s], b[s], out=product[e])
+        return product
     if a.dim() == 2:  # rows are cut
         out = a.new_zeros(a.shape[0], b.shape[2])
         for e, s in enumerate(segments):
