@@ -555,7 +555,9 @@ def _linear(
         pointers.append(
             f"b_{name} = {source}_weight + {at} + {block.columns}.to(tl.int64)[None, :] * {source}_stride_o"
         )
-        pointers += [f"{n} = tl.zeros((BM, {'2 * BN' if pair else 'BN'}), dtype=tl.float32)" for n in (name, f"{name}_lost")]
+        pointers += [
+            f"{n} = tl.zeros((BM, {'2 * BN' if pair else 'BN'}), dtype=tl.float32)" for n in (name, f"{name}_lost")
+        ]
         inside = "in_pair" if pair else "in_width"
         sums.append(f"b_mask = {inside} if EVEN else (inner[:, None] < n_in - i0) & {inside}")
         sums.append(f"right = tl.load(b_{name}, mask=b_mask, other=0.0)")

@@ -55,7 +55,9 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
     """
     for leaf in pytree.tree_leaves((args, kwargs)):
         if not isinstance(leaf, (Tensor, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)):
-            raise Decline(f"the block takes a {type(leaf).__name__}: what it holds cannot be followed from call to call")
+            raise Decline(
+                f"the block takes a {type(leaf).__name__}: what it holds cannot be followed from call to call"
+            )
     example = probe.Example.of(args, kwargs)
     experts = probe.guess_experts(module)
     reasons: list[Decline] = []
@@ -433,7 +435,7 @@ def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, f
         return variant
     except Decline as reason:
         return reason
-    except Exception as error:  # noqa: BLE001 - a fault of ours must not break the user's model; it is reported as such
+    except Exception as error:
         log.exception("moefx failed on %s", type(module).__name__)
         return Decline(f"moefx itself failed on this block, please report it: {type(error).__name__}: {error}")
 
@@ -446,7 +448,9 @@ def _try_mode(forward: RewrittenForward, variant: Variant, example: probe.Exampl
         return
     twin = probe.probe_copy(forward.module, 1)
     try:
-        verify.verify(twin, lambda a, k: variant.run(twin, a, k), example, variant.region.experts, variant.lowest, variant.skip)
+        verify.verify(
+            twin, lambda a, k: variant.run(twin, a, k), example, variant.region.experts, variant.lowest, variant.skip
+        )
         forward.variants[key] = variant
     except Decline:
         forward.variant_for(args, kwargs)
@@ -493,8 +497,10 @@ def _compare_on_device(
         try:
             run = lambda a, k: type(module).forward(module, *a, **k)  # noqa: E731
             expected = verify.run_once(run, module, args, kwargs, gradients, wanted)
-        except Exception as error:  # noqa: BLE001
-            raise Decline(f"the block does not run on {dtype} {device.type} inputs like its example: {error}") from error
+        except Exception as error:
+            raise Decline(
+                f"the block does not run on {dtype} {device.type} inputs like its example: {error}"
+            ) from error
         held = {n: None if g is None else g.cpu() for n, g in expected.gradients.items()}
         expected = verify.Outcome(expected.outputs, held)
         actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)

@@ -25,7 +25,16 @@ from moefx.ir import Region
 from moefx.routing import Routing, region_inputs
 
 MAX_VARIANTS = 8  # ways of calling one block that are analysed
-PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, enum.Enum)  # arguments that a variant is made for
+PLAIN = (
+    int,
+    float,
+    str,
+    bool,
+    type(None),
+    torch.dtype,
+    torch.device,
+    enum.Enum,
+)  # arguments that a variant is made for
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +171,7 @@ class RewrittenForward:
                 self.variants[key] = self.analyse(self.module, args, kwargs)
             except Decline as reason:
                 self.variants[key] = reason
-            except Exception as error:  # noqa: BLE001 - the user's call goes on with the original
+            except Exception as error:
                 log.exception("moefx failed on %s", type(self.module).__name__)
                 self.variants[key] = Decline(f"moefx itself failed: {type(error).__name__}: {error}")
         return self.variants[key]
@@ -217,7 +226,9 @@ def rewritten(module: nn.Module) -> RewrittenForward | None:
 def foreign_forward(module: nn.Module) -> bool:
     """Whether somebody else put a forward on this instance."""
     own = module.__dict__.get("forward")
-    return not (own is None or isinstance(own, RewrittenForward) or getattr(own, "__func__", None) is type(module).forward)
+    return not (
+        own is None or isinstance(own, RewrittenForward) or getattr(own, "__func__", None) is type(module).forward
+    )
 
 
 def install(module: nn.Module, forward: RewrittenForward) -> None:

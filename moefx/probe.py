@@ -62,7 +62,7 @@ def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.floa
     own_forwards = {m: m.__dict__.pop("forward") for m in module.modules() if "forward" in m.__dict__}
     try:
         twin = copy.deepcopy(module, memo)
-    except Exception as error:  # noqa: BLE001 - modules hold arbitrary objects
+    except Exception as error:
         raise Decline(f"the block cannot be copied for analysis: {type(error).__name__}: {error}") from error
     finally:
         for m, forward in own_forwards.items():
@@ -84,7 +84,9 @@ class GroupedInDouble(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
+def grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
     """The meaning of aten._grouped_mm: products of the segments that `offs` [E] (ends) cuts, or of whole batches."""
     if offs is None:
         return torch.bmm(a, b)
@@ -144,7 +146,11 @@ def state_kept(module: nn.Module) -> Iterator[None]:
 
 def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Each attribute with a shallow copy of its content where it is a container."""
-    return {n: (v, copy.copy(v) if type(v) in (list, set, dict) else None) for n, v in state.items() if not n.endswith("_hooks")}
+    return {
+        n: (v, copy.copy(v) if type(v) in (list, set, dict) else None)
+        for n, v in state.items()
+        if not n.endswith("_hooks")
+    }
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -184,7 +190,9 @@ class Example:
         """The distinct sizes of token dimensions: all but the last of float tensors, else all of integer tensors."""
         tensors = [t for t in self.leaves() if isinstance(t, Tensor)]
         floats = [t for t in tensors if t.is_floating_point() and t.dim() >= 2]
-        dims = [n for t in floats for n in t.shape[:-1]] or [n for t in tensors if not t.is_floating_point() for n in t.shape]
+        dims = [n for t in floats for n in t.shape[:-1]] or [
+            n for t in tensors if not t.is_floating_point() for n in t.shape
+        ]
         return tuple(dict.fromkeys(dims))
 
 

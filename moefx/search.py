@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from moefx.errors import InputError
 from moefx.probe import Example, bind
 
 # what routers do and hardly anything else; and what routers and much else do
 STRONG = frozenset("topk argmax argmin sort argsort nonzero one_hot multinomial kthvalue msort bincount".split())
-WEAK = frozenset("where max min amax gt lt ge le eq __gt__ __lt__ __ge__ __le__ __eq__ scatter scatter_ bucketize".split())
+WEAK = frozenset(
+    "where max min amax gt lt ge le eq __gt__ __lt__ __ge__ __le__ __eq__ scatter scatter_ bucketize".split()
+)
 
 
 @dataclass
@@ -69,7 +70,9 @@ def observe(model: nn.Module, inside: bool = False) -> Iterator[Observation]:
         handles.append(
             module.register_forward_pre_hook(lambda m, a, k, n=name: enter(n, m, a, k), with_kwargs=True, prepend=True)
         )
-        handles.append(module.register_forward_hook(lambda m, a, out: stack.pop() and None if stack else None, always_call=True))
+        handles.append(
+            module.register_forward_hook(lambda m, a, out: stack.pop() and None if stack else None, always_call=True)
+        )
     try:
         with _Selections(seen, stack):
             yield seen
@@ -93,7 +96,12 @@ def candidates(model: nn.Module, seen: Observation) -> list[str]:
     picked = []
     for name, example in seen.examples.items():
         alike = holds_alike(modules[name])
-        routed = name in seen.selects or _given_routing(example) or alike and (name in seen.compares or _given_integers(example))
+        routed = (
+            name in seen.selects
+            or _given_routing(example)
+            or alike
+            and (name in seen.compares or _given_integers(example))
+        )
         if routed and not _repeats(modules[name], name, seen):
             picked.append(name)
     return sorted(picked, key=lambda n: (-n.count(".") - bool(n), list(modules).index(n)))
@@ -129,7 +137,11 @@ def _given_routing(example: Example) -> bool:
 def _repeats(module: nn.Module, name: str, seen: Observation) -> bool:
     """A module that runs two or more submodules of one structure which select on their own: a stack of layers."""
     prefix = f"{name}." if name else ""
-    inner = [m for n, m in module.named_modules() if n and prefix + n in seen.examples and prefix + n in seen.selects | seen.compares]
+    inner = [
+        m
+        for n, m in module.named_modules()
+        if n and prefix + n in seen.examples and prefix + n in seen.selects | seen.compares
+    ]
     kinds = Counter((type(m), tuple(tuple(p.shape) for p in m.parameters())) for m in inner)
     return any(n >= 2 for n in kinds.values())
 

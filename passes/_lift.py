@@ -32,9 +32,13 @@ DATA = -1
 ZERO = 0
 COL_BITS = 34
 COL_MASK = (1 << COL_BITS) - 1
-MAX_PARAM_ONLY = 1 << 16  # parameter-only arithmetic is followed up to this many elements (1 + norm weight, not W + B @ A)
+MAX_PARAM_ONLY = (
+    1 << 16
+)  # parameter-only arithmetic is followed up to this many elements (1 + norm weight, not W + B @ A)
 
-Signature = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operator name, args and kwargs with Child operands
+Signature = tuple[
+    str, tuple[Any, ...], tuple[tuple[str, Any], ...]
+]  # operator name, args and kwargs with Child operands
 Piece = tuple[int, int]  # (parameter number, flat offset): what fills a hole
 
 
@@ -91,7 +95,9 @@ MOVES: dict[str, tuple[int, ...]] = {
     "select_scatter": (0, 1),
     "where": (1, 2),
 }
-ZERO_FACTORIES = frozenset("zeros zeros_like new_zeros empty empty_like new_empty empty_strided new_empty_strided zero".split())
+ZERO_FACTORIES = frozenset(
+    "zeros zeros_like new_zeros empty empty_like new_empty empty_strided new_empty_strided zero".split()
+)
 FILLS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}  # and where the value stands
 # op: (index of x, index of W, index of bias or None, whether W is transposed [O, I])
 CONTRACTIONS: dict[str, tuple[int, int, int | None]] = {
@@ -211,7 +217,11 @@ class Lifter(TorchDispatchMode):
         """Rows that leave the lifted world become known as rows, products that nothing consumed included."""
         for t in tensors:
             codes = self.codes(t)
-            if isinstance(codes, Tensor) and t.untyped_storage()._cdata not in self.param_of and self._holds_rows(codes):
+            if (
+                isinstance(codes, Tensor)
+                and t.untyped_storage()._cdata not in self.param_of
+                and self._holds_rows(codes)
+            ):
                 axis = self._feature_axis(codes)
                 if axis is not None:
                     self.normalise(codes, axis)
@@ -246,7 +256,9 @@ class Lifter(TorchDispatchMode):
         self._follow(func, args, kwargs, result, inputs, outputs)
         return result
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _follow(
+        self, func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         name = func._schema.name.split("::")[-1]
         inplace = func._schema.is_mutable
         base = name[:-1] if inplace and name.endswith("_") else name
@@ -313,7 +325,9 @@ class Lifter(TorchDispatchMode):
             self.set_codes(out, kept.masked_fill(args[1], ZERO if value == 0 else DATA))
             return
         accumulates = base in ("index_put", "_unsafe_index_put", "_index_put_impl") and len(args) > 3 and args[3]
-        scalar = base in ("scatter", "where") and any(not isinstance(args[i], Tensor) for i in MOVES[base] if i < len(args))
+        scalar = base in ("scatter", "where") and any(
+            not isinstance(args[i], Tensor) for i in MOVES[base] if i < len(args)
+        )
         padded = base == "constant_pad_nd" and len(args) > 2 and args[2] != 0
         if accumulates or padded or (scalar and base == "scatter") or "reduce" in kwargs or kwargs.get("accumulate"):
             self._settle([a for a in args if isinstance(a, Tensor)])
@@ -450,7 +464,11 @@ class Lifter(TorchDispatchMode):
             if weight.dtype.is_complex or self.experts is not None and param not in self.experts:
                 return None
             s = weight.stride()
-            offsets = weight.storage_offset() + torch.arange(weight.shape[0])[:, None] * s[0] + torch.arange(weight.shape[2]) * s[2]
+            offsets = (
+                weight.storage_offset()
+                + torch.arange(weight.shape[0])[:, None] * s[0]
+                + torch.arange(weight.shape[2]) * s[2]
+            )
             return torch.full_like(offsets, param), offsets, s[1]
         codes = self.codes(weight)
         if not isinstance(codes, Tensor) or self._kind(int(codes[0, 0, 0])) != "leaf":
@@ -482,7 +500,9 @@ class Lifter(TorchDispatchMode):
         tokens = self.token_ids(x.reshape(-1, x.shape[-1]))
         tv = self.node(Node("x", x.shape[-1]))
         unique, inverse = torch.unique(tokens, return_inverse=True)
-        numbers = torch.tensor([self.row(Row(tv, (), t, None)) if t else ZERO for t in unique.tolist()], dtype=torch.int64)
+        numbers = torch.tensor(
+            [self.row(Row(tv, (), t, None)) if t else ZERO for t in unique.tolist()], dtype=torch.int64
+        )
         return numbers[inverse].reshape(x.shape[:-1]) if len(unique) else tokens.reshape(x.shape[:-1])
 
     def _is_vector(self, row: int) -> bool:
@@ -520,7 +540,9 @@ class Lifter(TorchDispatchMode):
         for e, end in enumerate(ends.tolist()):
             if end > start:
                 columns = self._columns(w[e : e + 1])
-                close = torch.allclose(x[start:end] @ w[e], out[start:end], rtol=1e-3, atol=1e-3 * float(out.abs().max()))
+                close = torch.allclose(
+                    x[start:end] @ w[e], out[start:end], rtol=1e-3, atol=1e-3 * float(out.abs().max())
+                )
                 if columns is None or not close:
                     return None
                 dots = self._dots(x[start:end].unsqueeze(0), *columns)
@@ -544,13 +566,17 @@ class Lifter(TorchDispatchMode):
             return Child(len(operands) - 1)
 
         symbols = symbol(tuple(args))
-        named = tuple((k, symbol(v)) for k, v in kwargs.items() if k not in ("memory_format", "layout", "device", "pin_memory"))
+        named = tuple(
+            (k, symbol(v)) for k, v in kwargs.items() if k not in ("memory_format", "layout", "device", "pin_memory")
+        )
         name = _functional_name(func)
         if name is None:
             return None
         return self._combine(operands, [self.codes(t) for t in operands], (name, symbols, named), out.shape)
 
-    def _combine(self, operands: list[Tensor], codes: list[Tensor | int], signature: Signature, shape: Any) -> Tensor | None:
+    def _combine(
+        self, operands: list[Tensor], codes: list[Tensor | int], signature: Signature, shape: Any
+    ) -> Tensor | None:
         """Codes of a pointwise result of `shape` from its operands and their codes."""
         name, symbols, named = signature
         lifted = [isinstance(c, Tensor) and bool((c > 0).any()) for c in codes]
@@ -559,9 +585,15 @@ class Lifter(TorchDispatchMode):
             if not all(lifted) or any(t.numel() > MAX_PARAM_ONLY for t in operands):
                 return None
         axis = None
-        for c, is_row in sorted(zip(codes, own), key=lambda p: (not p[1], -(p[0].numel() if isinstance(p[0], Tensor) else 0))):
+        for c, is_row in sorted(
+            zip(codes, own), key=lambda p: (not p[1], -(p[0].numel() if isinstance(p[0], Tensor) else 0))
+        ):
             if isinstance(c, Tensor) and axis is None and (is_row or not any(own)):
-                wide = c.expand(shape) if c.dim() == len(shape) else c.reshape((1,) * (len(shape) - c.dim()) + c.shape).expand(shape)
+                wide = (
+                    c.expand(shape)
+                    if c.dim() == len(shape)
+                    else c.reshape((1,) * (len(shape) - c.dim()) + c.shape).expand(shape)
+                )
                 axis = self._feature_axis(wide)
         if axis is None:
             axis = len(shape) - 1
@@ -595,7 +627,11 @@ class Lifter(TorchDispatchMode):
         keys = torch.stack([c.reshape(-1).double() for c in columns], 1)
         unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
         numbers = [self._pointwise_row(u, is_gate, lifted, name, symbols, named, width) for u in unique.tolist()]
-        rows = torch.tensor(numbers, dtype=torch.int64)[inverse].reshape(rows_shape) if numbers else torch.zeros(rows_shape, dtype=torch.int64)
+        rows = (
+            torch.tensor(numbers, dtype=torch.int64)[inverse].reshape(rows_shape)
+            if numbers
+            else torch.zeros(rows_shape, dtype=torch.int64)
+        )
         if not bool((rows > 0).any()):
             return None
         return self._spread(rows, width, axis)
@@ -609,10 +645,14 @@ class Lifter(TorchDispatchMode):
         tokens = self.token_ids(rows.reshape(-1, width))
         tv = self.node(Node("x", width))
         unique, inverse = torch.unique(tokens, return_inverse=True)
-        numbers = torch.tensor([self.row(Row(tv, (), t, None)) if t else DATA for t in unique.tolist()], dtype=torch.int64)
+        numbers = torch.tensor(
+            [self.row(Row(tv, (), t, None)) if t else DATA for t in unique.tolist()], dtype=torch.int64
+        )
         return numbers[inverse].reshape(rows.shape[:-1]) if len(unique) else None
 
-    def _pointwise_row(self, key: list[float], is_gate: list[bool], lifted: list[bool], name: str, symbols: Any, named: Any, width: int) -> int:
+    def _pointwise_row(
+        self, key: list[float], is_gate: list[bool], lifted: list[bool], name: str, symbols: Any, named: Any, width: int
+    ) -> int:
         numbers = [int(k) for k, lft in zip(key, lifted) if lft]
         if DATA in numbers:
             return DATA
@@ -633,7 +673,11 @@ class Lifter(TorchDispatchMode):
         """Whether codes contain values or dots (not parameters alone)."""
         positive = codes[codes > 0]
         handles = torch.unique(positive >> COL_BITS).tolist()
-        return any(self.handles[h][0] != "leaf" and not (self.handles[h][0] == "val" and self.rows[self.handles[h][1]].token is None) for h in handles)
+        return any(
+            self.handles[h][0] != "leaf"
+            and not (self.handles[h][0] == "val" and self.rows[self.handles[h][1]].token is None)
+            for h in handles
+        )
 
     def _cast(self, args: Any, kwargs: Any, out: Tensor) -> Tensor | int | None:
         if out.dtype == args[0].dtype or not args[0].is_floating_point():

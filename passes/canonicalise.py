@@ -182,7 +182,9 @@ class _Builder:
         for path, name in self.trace.side_effects:
             if not any(path == k or path.startswith(k + ".") for k in kept):
                 owner = f"{path}." if path else ""
-                raise Decline(f"the block's forward sets self.{owner}{name}: a Python side effect that a graph cannot keep")
+                raise Decline(
+                    f"the block's forward sets self.{owner}{name}: a Python side effect that a graph cannot keep"
+                )
         for v in (x for x in self.trace.result[0] if not isinstance(x, Value)):
             if not isinstance(v, SIMPLE):
                 raise Decline(f"the block returns a {type(v).__name__}, whose tensors cannot be followed")
@@ -199,7 +201,10 @@ class _Builder:
             if call.reads_host:
                 fine = any(v in steering or v.tainted for v in reads) or any(call.index in r for r in inside)
                 if not fine and reads and not all(v.origin in ("param", "buffer", "attr") for v in reads):
-                    raise Decline(f"Python reads values of the tokens ({call.name}) and may branch on them", location=call.location)
+                    raise Decline(
+                        f"Python reads values of the tokens ({call.name}) and may branch on them",
+                        location=call.location,
+                    )
             elif any(v in steering or v.object in steering for v in reads):
                 steering.update(call.makes())
 
@@ -231,11 +236,13 @@ class _Builder:
         self.graph.lint()
         code = self.graph.python_code("self")
         namespace = dict(code.globals)
-        exec(compile(code.src, "<moefx canonical block>", "exec"), namespace)  # noqa: S102 - our own generated source
+        exec(compile(code.src, "<moefx canonical block>", "exec"), namespace)
         kept = tuple(sorted({m.path for m in self.modules}))
         called = {m.path for m in self.trace.module_calls}
         swallowed = tuple(sorted(p for p in called if not any(p == k or p.startswith(k + ".") for k in kept)))
-        return Rewrite(self.graph, code.src.strip(), namespace["forward"], self.trace.result[1], kept, swallowed, self.guards)
+        return Rewrite(
+            self.graph, code.src.strip(), namespace["forward"], self.trace.result[1], kept, swallowed, self.guards
+        )
 
     def _events(self) -> Iterator[tuple[tuple[int, int], Callable[[], None]]]:
         for call in self.calls:
@@ -378,7 +385,11 @@ def _exprs(structure: Any, truncated: dict[int, sizes.Expr]) -> list[sizes.Expr]
 
 
 def _expr_values(expr: sizes.Expr) -> list[Value]:
-    return [v for a in expr.args for v in (_expr_values(a) if isinstance(a, sizes.Expr) else [a] if isinstance(a, Value) else [])]
+    return [
+        v
+        for a in expr.args
+        for v in (_expr_values(a) if isinstance(a, sizes.Expr) else [a] if isinstance(a, Value) else [])
+    ]
 
 
 def placeholder_names(args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[str]) -> tuple[str, ...]:

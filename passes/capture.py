@@ -49,6 +49,9 @@ class Recorder(TorchFunctionMode):
             for name, tensor in vars(child).items():
                 if isinstance(tensor, Tensor):
                     self._attributes[id(tensor)] = ("attr", f"{path}.{name}".lstrip("."))
+        self._parameter_storages = {
+            p.untyped_storage()._cdata for p in module.parameters()
+        }  # views of them are not copied
         for kind, named in (("param", module.named_parameters()), ("buffer", module.named_buffers())):
             for path, tensor in named:
                 self._attributes[id(tensor)] = (kind, path)
@@ -75,10 +78,13 @@ class Recorder(TorchFunctionMode):
         self._known.setdefault((*alias, "object"), value.object)
         return value
 
-    def _new(self, tensor: Tensor, key: Any, origin: str, path: str, producer: Call | None, root: Value | None) -> Value:
+    def _new(
+        self, tensor: Tensor, key: Any, origin: str, path: str, producer: Call | None, root: Value | None
+    ) -> Value:
         self._alive.append(tensor)
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        keep = origin not in ("param", "buffer", "attr") and not wrapped
+        of_parameter = not wrapped and tensor.untyped_storage()._cdata in self._parameter_storages
+        keep = origin not in ("param", "buffer", "attr") and not wrapped and not of_parameter
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
             snapshot = tensor.detach().clone() if keep else tensor.detach()
         storage, version = (-1, -1) if wrapped else (tensor.untyped_storage()._cdata, tensor._version)
@@ -102,7 +108,9 @@ class Recorder(TorchFunctionMode):
         if (answer := self._size_query(func, args, kwargs)) is not None:
             return answer
         symbolic_args, symbolic_kwargs = self.symbols(args), self.symbols(kwargs)
-        call = Call(len(self.calls), func, symbolic_args, symbolic_kwargs, self.scope, torch.is_grad_enabled(), _where())
+        call = Call(
+            len(self.calls), func, symbolic_args, symbolic_kwargs, self.scope, torch.is_grad_enabled(), _where()
+        )
         before = [t._version for t in tensors]
         result = func(*rebuild(args, sizes.plain), **rebuild(kwargs, sizes.plain))
         return self._finish(call, result, tensors, before)
@@ -140,7 +148,9 @@ class Recorder(TorchFunctionMode):
         tensors = [t for t in args if isinstance(t, Tensor)]
         grad_enabled = torch.is_grad_enabled()
         with torch._C.DisableTorchFunction():
-            call = Call(len(self.calls), cls.apply, self.symbols(args), self.symbols(kwargs), self.scope, grad_enabled, _where())
+            call = Call(
+                len(self.calls), cls.apply, self.symbols(args), self.symbols(kwargs), self.scope, grad_enabled, _where()
+            )
             before = [t._version for t in tensors]
             result = original(*rebuild(args, sizes.plain), **rebuild(kwargs, sizes.plain))
             return self._finish(call, result, tensors, before)
@@ -232,12 +242,20 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     """
     recorder = Recorder(module, watch.is_tainted if watch is not None else lambda _t: False)
     leaves, _ = pytree.tree_flatten((args, kwargs))
-    inputs = tuple(recorder.value_of(x, None, "input", f"in{i}") if isinstance(x, Tensor) else x for i, x in enumerate(leaves))
+    inputs = tuple(
+        recorder.value_of(x, None, "input", f"in{i}") if isinstance(x, Tensor) else x for i, x in enumerate(leaves)
+    )
     before = {path: _attributes(child) for path, child in module.named_modules()}
-    with _observed(module, recorder), torch.enable_grad(), GroupedInDouble(), watch or contextlib.nullcontext(), recorder:
+    with (
+        _observed(module, recorder),
+        torch.enable_grad(),
+        GroupedInDouble(),
+        watch or contextlib.nullcontext(),
+        recorder,
+    ):
         try:
             result = module.forward(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - whatever the block raises is the reason for declining it
+        except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = f"the block raised {type(error).__name__} on probe inputs: {str(error)[:200]}"
             raise Decline(text, location=f"{last.filename}:{last.lineno}") from error
@@ -271,7 +289,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         return id(value)
 
     hidden = ("_moefx", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-    own = {k: picture(v) for k, v in vars(module).items() if not (k.startswith(hidden) or k.endswith(("_with_kwargs", "_always_called")))}
+    own = {
+        k: picture(v)
+        for k, v in vars(module).items()
+        if not (k.startswith(hidden) or k.endswith(("_with_kwargs", "_always_called")))
+    }
     own.update({f"buffer {k}": id(v) for k, v in module._buffers.items()})
     return own
 

@@ -112,7 +112,9 @@ def _complete(lifter: Lifter, tv: int, seen: list[tuple[Piece, ...]]) -> Bank | 
                 return None
             index[labels.pop()] = b
         experts = min(s[2] for s in stacks.values() if s is not None)
-        if max(index) >= experts or not all(s is None or _fits(lifter, tv, i, seen[0][i][0], s, experts) for i, s in stacks.items()):
+        if max(index) >= experts or not all(
+            s is None or _fits(lifter, tv, i, seen[0][i][0], s, experts) for i, s in stacks.items()
+        ):
             return None
         if any(s is None for s in stacks.values()) and len(index) < experts:
             return None  # some leaves are listed, and some experts were not reached
@@ -159,7 +161,12 @@ def _stack(lifter: Lifter, pieces: list[Piece]) -> tuple[int, int, int] | None:
     shape = lifter.tensors[params.pop()].shape
     extents = [(math.prod(shape[a + 1 :]), math.prod(shape[a:])) for a in range(len(shape))]
     for inner, outer in extents:  # the axis inside of which the experts are stacked
-        if inner <= stride and stride % inner == 0 and outer % stride == 0 and offsets[-1] // outer == offsets[0] // outer:
+        if (
+            inner <= stride
+            and stride % inner == 0
+            and outer % stride == 0
+            and offsets[-1] // outer == offsets[0] // outer
+        ):
             return offsets[0] % stride + offsets[0] // outer * outer, stride, outer // stride
     return None
 
@@ -248,10 +255,17 @@ def token_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[Value]:
 def scaled_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[tuple[Value, Tensor]]:
     """For weights on the input side: tensors of which every row fed to an expert is a multiple, and the factors G [T, E]."""
     width = _token_width(lifter, bank.tv)
-    fed = {e: _rows_fed(trace, lifter, bank.tv, b, width) for e, b in enumerate(bank.bindings) if b in lifter.uses[bank.tv]}
+    fed = {
+        e: _rows_fed(trace, lifter, bank.tv, b, width) for e, b in enumerate(bank.bindings) if b in lifter.uses[bank.tv]
+    }
     found: list[tuple[Value, Tensor]] = []
     for value in trace.values:
-        if not _is_rows(value, width) or value.tainted or value.origin not in ("input", "call") or value.tensor.numel() == 0:
+        if (
+            not _is_rows(value, width)
+            or value.tainted
+            or value.origin not in ("input", "call")
+            or value.tensor.numel() == 0
+        ):
             continue
         rows = value.tensor.reshape(-1, width)
         if any(v.tensor.numel() == value.tensor.numel() for v, _ in found):
@@ -360,7 +374,9 @@ class GateSystem:
         return Solution(value, gates[:, : self.experts], gates[:, self.experts] if self.identity else None, residual)
 
 
-def solve_gates(trace: Trace, system: Callable[[bool], GateSystem], tokens: int, width: int, d_model: int) -> Iterator[Solution]:
+def solve_gates(
+    trace: Trace, system: Callable[[bool], GateSystem], tokens: int, width: int, d_model: int
+) -> Iterator[Solution]:
     """Every recorded tensor of T rows that is a weighted sum of expert outputs: the most complete sums first."""
     rows = [v for v in trace.values if v.tainted and _is_rows(v, width) and v.tensor.numel() == tokens * width]
     for identity in (False, True) if d_model == width else (False,):
@@ -371,7 +387,9 @@ def solve_gates(trace: Trace, system: Callable[[bool], GateSystem], tokens: int,
         passed = [s for v in rows if (s := few.solve(v)) is not None]
         latest = {s.combined.object: s.combined.index for s in passed}  # a tensor that was filled step by step
         filled = {s.combined: int((s.gates.abs() > _zero(s.gates)).sum()) for s in passed}
-        passed.sort(key=lambda s: (-filled[s.combined], s.combined.index != latest[s.combined.object], s.combined.index))
+        passed.sort(
+            key=lambda s: (-filled[s.combined], s.combined.index != latest[s.combined.object], s.combined.index)
+        )
         for candidate in passed[:MAX_SUMS]:
             solution = full.solve(candidate.combined)
             if solution is not None:
@@ -405,10 +423,18 @@ def _explanations(
     tokens = gates.shape[0]
     if tokens == 0 or not bool(gates.abs().max() > 0):
         return
-    router = [v for v in trace.values if not v.tainted and v.index < before and v.origin in ("input", "call") and v.tensor.numel()]
+    router = [
+        v
+        for v in trace.values
+        if not v.tainted and v.index < before and v.origin in ("input", "call") and v.tensor.numel()
+    ]
     router.sort(key=lambda v: (depth.get(v, 0), v.index))
     floats = [v for v in router if v.tensor.is_floating_point()]
-    integers = [v for v in router if not v.tensor.is_floating_point() and not v.tensor.is_complex() and v.tensor.dtype != torch.bool]
+    integers = [
+        v
+        for v in router
+        if not v.tensor.is_floating_point() and not v.tensor.is_complex() and v.tensor.dtype != torch.bool
+    ]
     support = gates.abs() > _zero(gates)
     for ids in integers:
         if ids.tensor.numel() % tokens or not 1 <= ids.tensor.numel() // tokens <= MAX_SLOTS:
@@ -426,7 +452,9 @@ def _explanations(
             masks = [v for v in router if v.tensor.dtype == torch.bool and v.tensor.numel() == ids.tensor.numel()]
             yield from _weights_for(labels, order, gates, identity, ids, k, transposed, floats, masks)
     masks = [v for v in router if not v.tensor.is_floating_point()]
-    yield from _dense(gates, identity, support, bank, [*floats, *(v for v in masks if v.tensor.dtype == torch.bool)], [None])
+    yield from _dense(
+        gates, identity, support, bank, [*floats, *(v for v in masks if v.tensor.dtype == torch.bool)], [None]
+    )
     yield from _dense(gates, identity, support, bank, masks, [w for w in floats if w.tensor.numel() == tokens])
     yield from _expert_choice(gates, identity, integers, floats, bank)
 
@@ -449,7 +477,11 @@ def _label_order(labels: Tensor, support: Tensor, bank: Bank) -> tuple[int, ...]
         best = int(overlap.argmax())
         order.append(best if int(overlap[best]) > 0 else -1)
     used = [e for e in order if e >= 0]
-    return tuple(order) if len(set(used)) == len(used) and set(used) >= set(torch.nonzero(support.any(0)).flatten().tolist()) else None
+    return (
+        tuple(order)
+        if len(set(used)) == len(used) and set(used) >= set(torch.nonzero(support.any(0)).flatten().tolist())
+        else None
+    )
 
 
 def gate_matrix(labels: Tensor, weights: Tensor, order: tuple[int, ...], experts: int) -> tuple[Tensor, Tensor]:
@@ -504,7 +536,12 @@ def _agrees(made: Tensor, passed: Tensor, gates: Tensor, identity: Tensor | None
 
 
 def _dense(
-    gates: Tensor, identity: Tensor | None, support: Tensor, bank: Bank, candidates: list[Value], factors: Sequence[Value | None]
+    gates: Tensor,
+    identity: Tensor | None,
+    support: Tensor,
+    bank: Bank,
+    candidates: list[Value],
+    factors: Sequence[Value | None],
 ) -> Iterator[Routing]:
     """G is a recorded [T, E] tensor, or a mask [T, E] times one recorded weight per token."""
     tokens, experts = gates.shape
@@ -539,14 +576,18 @@ def _column_order(made: Tensor, gates: Tensor, bank: Bank) -> tuple[int, ...] | 
         return tuple(range(experts))
     order = []
     for e in range(experts):
-        matches = [c for c in range(made.shape[1]) if torch.allclose(made[:, c], gates[:, e], rtol=1e-4, atol=_zero(gates))]
+        matches = [
+            c for c in range(made.shape[1]) if torch.allclose(made[:, c], gates[:, e], rtol=1e-4, atol=_zero(gates))
+        ]
         if not matches:
             return None
         order.append(matches[0])
     return tuple(order) if len(set(order)) == experts else None
 
 
-def _expert_choice(gates: Tensor, identity: Tensor | None, integers: list[Value], floats: list[Value], bank: Bank) -> Iterator[Routing]:
+def _expert_choice(
+    gates: Tensor, identity: Tensor | None, integers: list[Value], floats: list[Value], bank: Bank
+) -> Iterator[Routing]:
     tokens, experts = gates.shape
     for ids in integers:
         t = ids.tensor
@@ -619,7 +660,9 @@ def write_template(lifter: Lifter, bank: Bank) -> tuple[Template, tuple[Leaf, ..
             ref = emit(Instr("linear", args=(children[0], hole), width=node.width))
         elif node.kind == "columns":
             start, step = node.args
-            ref = emit(Instr("columns", args=(children[0], start, start + step * (node.width - 1) + 1, step), width=node.width))
+            ref = emit(
+                Instr("columns", args=(children[0], start, start + step * (node.width - 1) + 1, step), width=node.width)
+            )
         elif node.kind == "item":
             ref = emit(Instr("item", args=(children[0], node.args[0]), width=node.width))
         else:
@@ -645,7 +688,11 @@ def _layout(leaves: tuple[Leaf, ...]) -> str:
     stacked = all(leaf.stacked for leaf in matrices)
     names = {leaf.params[0] for leaf in matrices}
     orientation = {"[E, in, out]" if leaf.strides[0] > leaf.strides[1] else "[E, out, in]" for leaf in matrices}
-    words = ["stacked" if stacked else "one module each", f"{len(matrices)} matrices in {len(names)} parameters", *sorted(orientation)]
+    words = [
+        "stacked" if stacked else "one module each",
+        f"{len(matrices)} matrices in {len(names)} parameters",
+        *sorted(orientation),
+    ]
     if any(leaf.strides[-1] == 2 or 2 in leaf.strides for leaf in matrices):
         words.append("interleaved")
     return ", ".join([*words, "with biases" if vectors else "no biases"])
@@ -672,7 +719,9 @@ def hypotheses(
         yield from _input_side(trace, lifter, evaluate, bank, template, leaves, near, what)
 
 
-def _region(lifter: Lifter, bank: Bank, template: Template, leaves: tuple[Leaf, ...], routing: Routing, **more: Any) -> Region:
+def _region(
+    lifter: Lifter, bank: Bank, template: Template, leaves: tuple[Leaf, ...], routing: Routing, **more: Any
+) -> Region:
     matrices = [leaf.shape for leaf in leaves if len(leaf.shape) == 2 and not leaf.shared]
     width = lifter.nodes[bank.tv].width
     hidden = matrices[0][1] if len(matrices) > 1 else width
@@ -749,7 +798,14 @@ def _linear_in_weight(evaluate: Evaluator, bank: Bank, x: Tensor) -> bool:
 
 
 def _input_side(
-    trace: Trace, lifter: Lifter, evaluate: Evaluator, bank: Bank, template: Template, leaves: tuple[Leaf, ...], near: list[str], what: str
+    trace: Trace,
+    lifter: Lifter,
+    evaluate: Evaluator,
+    bank: Bank,
+    template: Template,
+    leaves: tuple[Leaf, ...],
+    near: list[str],
+    what: str,
 ) -> Iterator[Hypothesis]:
     """Weights on the experts' input: y[t] = sum_e f(G[t,e] * x_t; theta_e)."""
     width = lifter.nodes[bank.tv].width
@@ -760,7 +816,9 @@ def _input_side(
         total = torch.zeros(x.shape[0], width, dtype=torch.float64)
         for e, binding in enumerate(bank.bindings):
             column = gates[:, e : e + 1]
-            total += torch.where(column != 0, evaluate(bank.tv, binding, (column * x).to(base.tensor.dtype)).double(), 0.0)
+            total += torch.where(
+                column != 0, evaluate(bank.tv, binding, (column * x).to(base.tensor.dtype)).double(), 0.0
+            )
         for value in trace.values:
             if value.tainted and _is_rows(value, width) and value.tensor.numel() == total.numel():
                 y = value.tensor.reshape(total.shape).double()
@@ -797,9 +855,20 @@ def side_effects(trace: Trace) -> None:
     before = [v for v in trace.inputs if isinstance(v, Value)]
     for old, new in zip(before, trace.inputs_after):
         if old is not new:
-            raise Decline("the block changes its input in place, which a rewritten block would not do at the same moment")
+            raise Decline(
+                "the block changes its input in place, which a rewritten block would not do at the same moment"
+            )
     if any(v.tensor.is_complex() for v in before):
         raise Decline("the block takes complex inputs")
 
 
-__all__ = ["Hypothesis", "Lifter", "Routing", "expert_groups", "hypotheses", "Unreached", "check_reached", "side_effects"]
+__all__ = [
+    "Hypothesis",
+    "Lifter",
+    "Routing",
+    "expert_groups",
+    "hypotheses",
+    "Unreached",
+    "check_reached",
+    "side_effects",
+]

@@ -114,7 +114,9 @@ def _saved_of_chunk(region: Region) -> list[str]:
     program = steps(region.template)
     values = {i for step in program if isinstance(step, Segment) for i in step.inputs}
     products = {step.value for step in program if isinstance(step, Linear)}
-    values |= {step.rows for step in program if isinstance(step, Linear)} & products  # a product of a product: no segment remakes it
+    values |= {
+        step.rows for step in program if isinstance(step, Linear)
+    } & products  # a product of a product: no segment remakes it
     if _needs_h(region) and region.template.instrs[_result(region)].kind == "linear":
         values.add(_result(region))
     values.discard(x_value(region.template))
