@@ -5,7 +5,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import moefx
 
-config = MixtralConfig(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+config = MixtralConfig(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
 model = MixtralForCausalLM(config)  # any PyTorch model; moefx knows no model by name
 batch = {"input_ids": torch.randint(256, (4, 32))}
 

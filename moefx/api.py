@@ -523,7 +523,20 @@ def _found(name: str, forward: RewrittenForward, variant: Variant, same_as: str)
     other = "eval" if forward.module.training else "train"
     notes = tuple(f"in {other} mode the original runs: {d.reason}" for d in declined)
     return FoundBlock(
-        name, region.experts, variant.routing.top_k, region.d_model, region.d_expert, region.layout, region.routing, variant.location,
-        dict(variant.errors), stages["partition"], stages["schedule"], stages["emit"], stages["canonicalise"], str(region),
-        same_as, notes,
-    )  # fmt: skip
+        name=name,
+        experts=region.experts,
+        top_k=variant.routing.top_k,
+        d_model=region.d_model,
+        d_expert=region.d_expert,
+        layout=region.layout,
+        routing=region.routing,
+        location=variant.location,
+        errors=dict(variant.errors),
+        partition=stages["partition"],
+        schedule=stages["schedule"],
+        source=stages["emit"],
+        canonical=stages["canonicalise"],
+        region=str(region),
+        same_as=same_as,
+        notes=notes,
+    )

@@ -268,9 +268,16 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
         for name in _changed(before.get(path, {}), _attributes(child))
     ]
     return Trace(
-        inputs, tuple(taken), (symbolic, spec), tuple(recorder.calls), tuple(recorder.module_calls), tuple(recorder.values), recorder.log,
-        tuple(effects), module,
-    )  # fmt: skip
+        inputs,
+        tuple(taken),
+        (symbolic, spec),
+        tuple(recorder.calls),
+        tuple(recorder.module_calls),
+        tuple(recorder.values),
+        recorder.log,
+        tuple(effects),
+        module,
+    )
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

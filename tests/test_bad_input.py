@@ -61,7 +61,7 @@ def test_no_moe_and_no_example() -> None:
 # ------------------------------------------------------------------------------------------------ wrong arguments
 
 
-@pytest.mark.parametrize("model", [None, 3, "mixtral", Dense, torch.zeros(2), {}, lambda x: x], ids=str)
+@pytest.mark.parametrize("model", [None, 3, "mixtral", Dense, torch.zeros(2), {}, lambda x: x], ids=lambda m: type(m).__name__)
 def test_not_a_module(model: Any) -> None:
     kind = type(model).__name__
     for call in (moefx.optimize, moefx.explain):

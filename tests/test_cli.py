@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from moefx import cli
 
 pytest.importorskip("transformers")
 from moefx import hf
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", *FAMILIES])
@@ -127,6 +131,13 @@ def test_explain_finds_the_blocks_and_changes_nothing(capsys: pytest.CaptureFixt
     assert repr(model) == repr(before)
     assert cli.main(["explain", "llama"]) == 0
     assert "0 MoE block" in capsys.readouterr().out
+
+
+def test_the_quick_start_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("2 MoE block(s) found") == 2
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
