@@ -93,37 +93,57 @@ def region_inputs(
     """(ids [T, K], w [T, K] or None for weight 1) in the experts' own numbering; slots to skip carry id `experts`."""
     if routing.kind == "choice":
         assert ids is not None
-        ids = ids.movedim(routing.axis, 0).reshape(experts, -1)
-        weights = (
-            torch.ones_like(ids, dtype=torch.get_default_dtype())
-            if w is None
-            else w.movedim(routing.axis, 0).reshape(experts, -1)
-        )
-        gates = (
-            torch.zeros(experts, tokens, dtype=weights.dtype, device=ids.device).scatter_add(1, ids.long(), weights).t()
-        )
-        chosen = torch.zeros(experts, tokens, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), True).t()
-        every = torch.arange(experts, device=ids.device).expand(tokens, experts)
-        return _scaled(torch.where(chosen, every, experts), gates, routing)
-    if routing.kind in ("dense", "masked"):
-        mask = w if routing.kind == "dense" else ids
-        assert mask is not None and w is not None
-        if tokens == 0:
-            return torch.zeros(0, experts, dtype=torch.int64, device=w.device), w.new_zeros(0, experts)
-        gates = dense_gates(mask, mask.dim() + routing.axis, tokens)
-        assert gates is not None
-        if routing.kind == "masked":
-            gates = gates * w.reshape(-1, 1)
-        gates = gates[:, list(routing.order)] if routing.order is not None else gates[:, :experts]
-        every = torch.arange(experts, device=w.device).expand(tokens, experts)
-        return _scaled(torch.where(gates != 0, every, experts), gates, routing)
-    assert ids is not None
-    labels = slots(ids, routing.top_k, routing.ids_transposed)
-    if routing.kind == "gather":
+        found, weights = _of_choice(routing, experts, tokens, ids, w)
+    elif routing.kind in ("dense", "masked"):
         assert w is not None
-        weights: Tensor | None = w.reshape(tokens, w.shape[-1]).gather(1, labels.long())
+        found, weights = _of_dense(routing, experts, tokens, ids, w)
     else:
-        weights = None if w is None else slots(w, routing.top_k, routing.ids_transposed)
+        assert ids is not None
+        found, weights = _of_slots(routing, experts, tokens, ids, w, keep)
+    if routing.scale == 1.0:
+        return found, weights
+    if weights is None:
+        return found, torch.full(found.shape, routing.scale, device=found.device)
+    return found, weights * routing.scale
+
+
+def _of_choice(routing: Routing, experts: int, tokens: int, ids: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens ids [E, C] that each expert picks, with weights w [E, C]."""
+    ids = ids.movedim(routing.axis, 0).reshape(experts, -1).long()
+    dtype = torch.get_default_dtype() if w is None else w.dtype
+    weights = torch.ones(ids.shape, dtype=dtype, device=ids.device)
+    if w is not None:
+        weights = w.movedim(routing.axis, 0).reshape(experts, -1)
+    gates = torch.zeros(experts, tokens, dtype=dtype, device=ids.device).scatter_add(1, ids, weights).t()
+    chosen = torch.zeros(experts, tokens, dtype=torch.bool, device=ids.device).scatter(1, ids, True).t()
+    every = torch.arange(experts, device=ids.device).expand(tokens, experts)
+    return torch.where(chosen, every, experts), gates
+
+
+def _of_dense(routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gates w [T, E], or a mask ids [T, E] times w [T]: one slot per expert."""
+    columns = w if routing.kind == "dense" or ids is None else ids
+    if tokens == 0:
+        return torch.zeros(0, experts, dtype=torch.int64, device=w.device), w.new_zeros(0, experts)
+    gates = dense_gates(columns, columns.dim() + routing.axis, tokens)
+    assert gates is not None
+    if routing.kind == "masked":
+        gates = gates * w.reshape(-1, 1)
+    gates = gates[:, list(routing.order)] if routing.order is not None else gates[:, :experts]
+    every = torch.arange(experts, device=w.device).expand(tokens, experts)
+    return torch.where(gates != 0, every, experts), gates
+
+
+def _of_slots(
+    routing: Routing, experts: int, tokens: int, ids: Tensor, w: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Expert labels ids [T, K] with weights per slot, or gathered from dense scores."""
+    labels = slots(ids, routing.top_k, routing.ids_transposed)
+    weights: Tensor | None = None
+    if routing.kind == "gather" and w is not None:
+        weights = w.reshape(tokens, w.shape[-1]).gather(1, labels.long())
+    elif w is not None:
+        weights = slots(w, routing.top_k, routing.ids_transposed)
     if keep is not None:
         kept = slots(keep, routing.top_k, routing.ids_transposed)
         labels = torch.where(kept, labels, -1)
@@ -132,12 +152,4 @@ def region_inputs(
         meaning = torch.tensor([*(e if e >= 0 else experts for e in routing.order), experts], device=labels.device)
         inside = (labels >= 0) & (labels < len(routing.order))
         labels = meaning[torch.where(inside, labels, len(routing.order)).long()]
-    return _scaled(labels, weights, routing)
-
-
-def _scaled(ids: Tensor, w: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor | None]:
-    if routing.scale == 1.0:
-        return ids, w
-    if w is None:
-        return ids, torch.full(ids.shape, routing.scale, device=ids.device)
-    return ids, w * routing.scale
+    return labels, weights

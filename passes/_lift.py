@@ -464,11 +464,8 @@ class Lifter(TorchDispatchMode):
             if weight.dtype.is_complex or self.experts is not None and param not in self.experts:
                 return None
             s = weight.stride()
-            offsets = (
-                weight.storage_offset()
-                + torch.arange(weight.shape[0])[:, None] * s[0]
-                + torch.arange(weight.shape[2]) * s[2]
-            )
+            offsets: Tensor = torch.arange(weight.shape[0])[:, None] * s[0] + torch.arange(weight.shape[2]) * s[2]
+            offsets = offsets + weight.storage_offset()
             return torch.full_like(offsets, param), offsets, s[1]
         codes = self.codes(weight)
         if not isinstance(codes, Tensor) or self._kind(int(codes[0, 0, 0])) != "leaf":

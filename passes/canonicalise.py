@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,9 +247,9 @@ class _Builder:
 
     def _events(self) -> Iterator[tuple[tuple[int, int], Callable[[], None]]]:
         for call in self.calls:
-            yield (call.index, 1), lambda call=call: self._write_call(call)
+            yield (call.index, 1), partial(self._write_call, call)
         for module_call in self.modules:
-            yield (module_call.start, 0), lambda m=module_call: self._write_module(m)
+            yield (module_call.start, 0), partial(self._write_module, module_call)
         producer = self.cut.producer
         yield (producer.index if producer is not None else 0, 2), self._write_region
 

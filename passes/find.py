@@ -214,7 +214,7 @@ class Evaluator:
             norm = "norm" in node.name.split(".")[1]
             if norm:  # norm weights are vectors, not rows
                 children = [c if i == 0 else c.squeeze(0) for i, c in enumerate(children)]
-            op = torch.ops.aten
+            op: Any = torch.ops.aten
             for part in node.name.split(".")[1:]:
                 op = getattr(op, part)
             return op(*_fill(node.args, children), **{k: _fill(v, children) for k, v in node.kwargs})
@@ -350,7 +350,11 @@ class GateSystem:
     def first(self, tokens: int) -> GateSystem:
         """The same for the first few tokens."""
         small = copy.copy(self)
-        small.draws = [(f[:tokens], lambda v, y=y: None if (t := y(v)) is None else t[:tokens]) for f, y in self.draws]
+
+        def head(read: Callable[[Value], Tensor | None]) -> Callable[[Value], Tensor | None]:
+            return lambda value: None if (t := read(value)) is None else t[:tokens]
+
+        small.draws = [(f[:tokens], head(read)) for f, read in self.draws]
         for name in ("system", "scale", "normal", "factors", "pivots"):
             setattr(small, name, getattr(self, name)[:tokens])
         return small
@@ -521,13 +525,12 @@ def _weights_for(
 def _agrees(made: Tensor, passed: Tensor, gates: Tensor, identity: Tensor | None) -> float | None:
     """The scale c with c * made == gates (1 if possible), or None."""
     largest = float(gates.abs().max())
-    close = {"rtol": 1e-4, "atol": 1e-5 * largest}
     scale = 1.0
-    if not torch.allclose(made, gates, **close):
+    if not torch.allclose(made, gates, rtol=1e-4, atol=1e-5 * largest):
         if float(made.abs().max()) == 0:
             return None
         scale = float((made * gates).sum() / (made * made).sum())
-        if not math.isfinite(scale) or scale == 0 or not torch.allclose(scale * made, gates, **close):
+        if not math.isfinite(scale) or scale == 0 or not torch.allclose(scale * made, gates, rtol=1e-4, atol=1e-5 * largest):
             return None
         scale = float(f"{scale:.6g}") if math.isclose(scale, float(f"{scale:.6g}"), rel_tol=1e-7) else scale
     if identity is not None and not torch.allclose(scale * passed, identity, rtol=1e-4, atol=1e-5 * largest):
