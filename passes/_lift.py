@@ -463,10 +463,10 @@ class Lifter(TorchDispatchMode):
         if param is not None:
             if weight.dtype.is_complex or self.experts is not None and param not in self.experts:
                 return None
-            s = weight.stride()
-            offsets: Tensor = torch.arange(weight.shape[0])[:, None] * s[0] + torch.arange(weight.shape[2]) * s[2]
-            offsets = offsets + weight.storage_offset()
-            return torch.full_like(offsets, param), offsets, s[1]
+            batch, inner, column = (int(n) for n in weight.stride())
+            offsets = torch.arange(weight.shape[0])[:, None] * batch + torch.arange(weight.shape[2]) * column
+            offsets = torch.add(offsets, int(weight.storage_offset()))
+            return torch.full_like(offsets, param), offsets, inner
         codes = self.codes(weight)
         if not isinstance(codes, Tensor) or self._kind(int(codes[0, 0, 0])) != "leaf":
             return None
