@@ -85,6 +85,7 @@ class _Builder:
         self.h, self.trace, self.names = hypothesis, hypothesis.trace, names
         self.truncated = {n: expr for expr, n in self.trace.log.truncations if n > 1} if restore_truncated else {}
         self.cut = hypothesis.combined
+        self.experts = {name for leaf in hypothesis.region.leaves if not leaf.shared for name in leaf.params}
         self.calls: set[Call] = set()
         self.modules: set[ModuleCall] = set()
         self.visited: set[Value] = set()
@@ -105,7 +106,7 @@ class _Builder:
         calls = self.trace.calls[module_call.start : module_call.stop]
         if any(c is self.cut.producer for c in calls):
             return False
-        return not any(v.tainted and v.origin == "param" for c in calls for v in c.reads())
+        return not any(v.origin == "param" and v.path in self.experts for c in calls for v in c.reads())
 
     def _is_cut(self, v: Value) -> bool:
         return v is self.cut or (v.object is self.cut.object and v.version >= self.cut.version)
@@ -119,7 +120,7 @@ class _Builder:
                 self._live(needed)
         elif v.origin == "unseen":
             raise Decline("the block uses a tensor that no torch function made (a global, or a compiled helper)")
-        elif v.tainted and v.origin == "param":
+        elif v.origin == "param" and v.path in self.experts:
             raise Decline(f"something besides the combined output still needs the experts' parameter {v.path}")
         elif v.storage == self.cut.storage and v.version >= self.cut.version > v.object.version:
             raise Decline("the combined output is read through an alias made before it was complete")

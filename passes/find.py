@@ -92,11 +92,20 @@ def banks(lifter: Lifter) -> list[Bank]:
         if _depth(lifter, tv) == 0 or lifter.nodes[tv].width < 2 or lifter.nodes[tv].kind == "gate":
             continue
         bindings = [b for b, rows in uses.items() if lifter.rows[rows[0]].token is not None]
-        if len(bindings) >= 2:
-            bank = _complete(lifter, tv, bindings)
+        for members in _families(bindings):
+            bank = _complete(lifter, tv, members)
             if bank is not None:
                 found.append(bank)
     return sorted(found, key=lambda b: (_depth(lifter, b.tv), b.tv), reverse=True)
+
+
+def _families(bindings: list[tuple[Piece, ...]]) -> list[list[tuple[Piece, ...]]]:
+    """Bindings into the same parameters belong together: a stack, apart from a shared expert of the same shape."""
+    by_params: dict[tuple[int, ...], list[tuple[Piece, ...]]] = {}
+    for b in bindings:
+        by_params.setdefault(tuple(param for param, _ in b), []).append(b)
+    stacks = [members for members in by_params.values() if len(members) >= 2]
+    return stacks or ([bindings] if len(bindings) >= 2 else [])
 
 
 def _complete(lifter: Lifter, tv: int, seen: list[tuple[Piece, ...]]) -> Bank | None:
@@ -753,12 +762,19 @@ def _output_side(
         for solution in solve_gates(trace, system, x.shape[0], width, x.shape[1]):
             found = True
             support = solution.gates.abs() > _zero(solution.gates)
+            chosen, text, theta = bank, template, leaves
+            if not bank.stacked and int(support.any(0).sum()) >= 2 and not bool(support.any(0).all()):
+                used = torch.nonzero(support.any(0)).flatten().tolist()  # without the shared expert of the same kind
+                chosen = Bank(bank.tv, tuple(bank.bindings[e] for e in used), False)
+                text, theta = write_template(lifter, chosen)
+                solution = replace(solution, gates=solution.gates[:, used])
+                support = support[:, used]
             explained = False
-            for routing in explanations(trace, solution.gates, solution.identity, bank, solution.combined.index):
-                if routing.kind in ("slots", "gather") and routing.top_k >= bank.experts and bool(support.all()):
+            for routing in explanations(trace, solution.gates, solution.identity, chosen, solution.combined.index):
+                if routing.kind in ("slots", "gather") and routing.top_k >= chosen.experts and bool(support.all()):
                     continue
                 explained = True
-                region = _region(lifter, bank, template, leaves, routing, identity=solution.identity is not None)
+                region = _region(lifter, chosen, text, theta, routing, identity=solution.identity is not None)
                 yield Hypothesis(trace, region, base, routing, solution.combined, solution.residual)
             if not explained:
                 dense = float(support.float().mean()) > 0.95

@@ -61,7 +61,7 @@ class Sees(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x) + self.b(x)
-        return torch.where(y > 0, y, x) if self.selects else y
+        return y.gather(-1, y.topk(3, -1).indices) if self.selects else y
 
 
 def test_the_deepest_sufficient_module_comes_first():
@@ -74,12 +74,22 @@ def test_modules_that_select_nothing_are_no_candidates():
     assert seen_by(Sees(False), torch.randn(5, D)) == []
 
 
+def test_comparisons_count_only_beside_matrices_that_look_alike():
+    class Gate(Sees):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 0, self.a(x), self.b(x))
+
+    assert seen_by(Gate(False), torch.randn(5, D)) == []
+
+
 def test_a_selection_by_an_operator_counts():
     class Compare(Sees):
         def forward(self, x: Tensor) -> Tensor:
             return (x > 0) * self.a(x)
 
-    assert seen_by(Compare(False), torch.randn(5, D)) == [""]
+    block = Compare(False)
+    block.stack = nn.Parameter(torch.randn(4, D, D))
+    assert seen_by(block, torch.randn(5, D)) == [""]
 
 
 def test_stacks_of_layers_are_skipped():
