@@ -61,7 +61,7 @@ class Sees(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x) + self.b(x)
-        return y.gather(-1, y.topk(3, -1).indices) if self.selects else y
+        return y + y.topk(1, -1).values if self.selects else y
 
 
 def test_the_deepest_sufficient_module_comes_first():
