@@ -18,6 +18,7 @@ from moefx.codegen.triton_launch import (
     expert_tile,
     float32_precision,
     interpreted,
+    launch,
     on_device,
     power_of_2,
     row_tiles,
@@ -175,7 +176,8 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
         tile = tile_for(rows, total, experts, columns)
         tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(columns, tile.columns)
         with on_device(rows):
-            grouped_linear_kernel[(tiles_m * tiles_n,)](
+            launch(
+                grouped_linear_kernel, (tiles_m * tiles_n,),
                 rows, offsets if order is None else order, weight, offsets, out, inner, columns, rows.stride(0),
                 *weight.stride(), experts, tiles_m, tiles_n, top_k, GATHER=order is not None,
                 EVEN_I=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=GROUP, BLOCK_E=power_of_2(experts),
@@ -257,7 +259,8 @@ def _launch_wgrad(
     tile = tile_for(rows, 128 * experts, experts, columns)  # every tile of the matrix is full, whatever the rows
     tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
     with on_device(rows):
-        grouped_wgrad_kernel[(experts * tiles_i * tiles_o,)](
+        launch(
+            grouped_wgrad_kernel, (experts * tiles_i * tiles_o,),
             rows, offsets if order is None else order, grad, offsets, out, inner, columns, rows.stride(0),
             grad.stride(0), *out.stride(), tiles_i, tiles_o, top_k, ADD=add, GATHER=order is not None,
             PRECISION=float32_precision(), GROUP=GROUP, BI=tile.rows, BO=tile.columns, BR=tile.inner,

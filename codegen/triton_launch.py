@@ -7,7 +7,9 @@ features of a product. Rows behind offsets[E] belong to no expert: no kernel rea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -70,6 +72,34 @@ def float32_precision() -> str:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     except RuntimeError:  # torch refuses the old flag once the new one was used
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+_only_compile = False  # while true, `launch` compiles and runs nothing
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs a kernel on the current stream; inside `only_compiling` makes it ready to run instead."""
+    if _only_compile:
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def only_compiling() -> Iterator[None]:
+    """Inside, kernels are compiled for the arguments they are launched with, side by side, and none runs: what they would
+    have written stays arbitrary. Returns when all are ready. Not for several threads at once."""
+    global _only_compile
+    if interpreted():
+        yield  # nothing to compile
+        return
+    _only_compile = True
+    try:
+        side_by_side = getattr(triton, "AsyncCompileMode", None)  # since Triton 3.5
+        with ThreadPoolExecutor(os.cpu_count()) as pool, side_by_side(pool) if side_by_side else contextlib.nullcontext():
+            yield
+    finally:
+        _only_compile = False
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

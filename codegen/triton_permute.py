@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import check_dtypes, expert_tile, on_device, power_of_2, row_tiles, unit_columns
+from moefx.codegen.triton_launch import check_dtypes, expert_tile, launch, on_device, power_of_2, row_tiles, unit_columns
 from torch import Tensor
 
 # One program handles about this many elements at a time: 16 for each of the 128 threads of 4 warps.
@@ -52,7 +52,8 @@ def gather_rows(x: Tensor, order: Tensor, top_k: int, offsets: Tensor, w: Tensor
     if out.numel():
         bm, bn = _blocks(width)
         with on_device(x):
-            gather_rows_kernel[(triton.cdiv(rows, bm), triton.cdiv(width, bn))](
+            launch(
+                gather_rows_kernel, (triton.cdiv(rows, bm), triton.cdiv(width, bn)),
                 x, order, x if w is None else w.contiguous(), offsets, out, rows, width, x.stride(0),
                 offsets.numel() - 1, top_k, WEIGHTED=w is not None, BM=bm, BN=bn,
             )  # fmt: skip
@@ -107,7 +108,8 @@ def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtyp
     if out.numel():
         bm, bn = _blocks(width)
         with on_device(h):
-            combine_kernel[(triton.cdiv(tokens, bm), triton.cdiv(width, bn))](
+            launch(
+                combine_kernel, (triton.cdiv(tokens, bm), triton.cdiv(width, bn)),
                 h, position, h if w is None else w.contiguous(), out, tokens, width, h.stride(0), K=top_k,
                 WEIGHTED=w is not None, UNROLL=power_of_2(top_k, most=8), BM=bm, BN=bn,
             )  # fmt: skip
@@ -157,7 +159,8 @@ def _token_rows(
     if rows:
         bm, bn = _blocks(width)
         with on_device(h):
-            token_rows_kernel[(triton.cdiv(rows, bm),)](
+            launch(
+                token_rows_kernel, (triton.cdiv(rows, bm),),
                 tokens, h, order, h if w is None else w.contiguous(), offsets, h if result is None else result,
                 h if products is None else products, rows, width, tokens.stride(0), h.stride(0), offsets.numel() - 1,
                 position.shape[1], SCALED=scaled, PRODUCTS=w is not None, BM=bm, BN=bn,
@@ -204,7 +207,8 @@ def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
     if out.numel():
         bm, bn = _blocks(width)
         with on_device(leaf):
-            expert_rows_kernel[(row_tiles(rows, experts, bm), triton.cdiv(width, bn))](
+            launch(
+                expert_rows_kernel, (row_tiles(rows, experts, bm), triton.cdiv(width, bn)),
                 leaf, offsets, out, width, leaf.stride(0), leaf.stride(1), experts,
                 BLOCK_E=power_of_2(experts), BM=bm, BN=bn,
             )  # fmt: skip
@@ -213,18 +217,24 @@ def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
 
 @triton.jit
 def expert_sum_kernel(grad, offsets, out, width, stride_g, BM: tl.constexpr, BN: tl.constexpr):
-    """out [E, n] = sum of the rows of grad [R, n] over each expert's rows. Grid (E, n / BN), rows walked in order."""
+    """out [E, n] = sum of the rows of grad [R, n] over each expert's rows. Grid (E, n / BN), rows walked in order.
+
+    The running sums are compensated (Kahan): an expert may have every row of the batch.
+    """
     expert = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     start = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     total = tl.zeros((BM, BN), dtype=tl.float32)
+    lost = tl.zeros((BM, BN), dtype=tl.float32)
     for r0 in range(start, end, BM):
         row = r0 + tl.arange(0, BM)
         mask = (row < end)[:, None] & (column < width)[None, :]
-        total += tl.load(grad + row.to(tl.int64)[:, None] * stride_g + column[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        value = tl.load(grad + row.to(tl.int64)[:, None] * stride_g + column[None, :], mask=mask, other=0.0)
+        part = value.to(tl.float32) - lost
+        grown = total + part
+        lost = (grown - total) - part
+        total = grown
     tl.store(
         out + expert.to(tl.int64) * width + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < width
     )
@@ -239,7 +249,8 @@ def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
     if out.numel():
         bn = power_of_2(width, least=16, most=64)
         with on_device(grad):
-            expert_sum_kernel[(experts, triton.cdiv(width, bn))](
+            launch(
+                expert_sum_kernel, (experts, triton.cdiv(width, bn)),
                 grad, offsets, out, width, grad.stride(0), BM=ELEMENTS // bn, BN=bn
             )
     return out

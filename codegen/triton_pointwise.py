@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 from moefx.codegen import triton_grouped
-from moefx.codegen.triton_launch import check_dtypes, float32_precision, on_device, power_of_2, row_tiles, unit_columns
+from moefx.codegen.triton_launch import check_dtypes, float32_precision, launch, on_device, power_of_2, row_tiles, unit_columns
 from moefx.codegen.triton_permute import expert_sum
 from moefx.codegen.triton_rules import FUNCTIONS, MASK_ARGUMENTS, RULES, STORAGE_KEYWORDS, Formula, literal
 from torch import Tensor
@@ -702,7 +702,8 @@ class Pointwise:
             for weight, product in zip(weights, products):
                 args += [weight, *weight.stride(), product]
             with on_device(rows):
-                self._kernels[f"{name}_linear"][(tiles_m * tiles_n,)](
+                launch(
+                    self._kernels[f"{name}_linear"], (tiles_m * tiles_n,),
                     rows, offsets if order is None else order, *args, *self._leaf_args(leaves), *outputs, offsets,
                     inner, rows.stride(0), experts, tiles_m, tiles_n, top_k, SAVE=save, GATHER=order is not None,
                     EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=triton_grouped.GROUP,
@@ -742,7 +743,8 @@ class Pointwise:
         for t in inputs:
             args += [t, t.stride(0)]
         with on_device(inputs[0]):
-            self._kernels[kernel][(tiles, triton.cdiv(width, bn))](
+            launch(
+                self._kernels[kernel], (tiles, triton.cdiv(width, bn)),
                 *args, *self._leaf_args(leaves), *more, offsets, experts, BLOCK_E=power_of_2(experts), BM=bm, BN=bn
             )
 

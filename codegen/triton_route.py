@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import on_device, power_of_2
+from moefx.codegen.triton_launch import launch, on_device, power_of_2
 
 BLOCK = 256
 GROUPS = 64
@@ -94,8 +94,9 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
     offsets = ids.new_empty(experts + 1, dtype=torch.int32)
     position = torch.empty_like(ids, dtype=torch.int64)
     with on_device(ids):
-        count_kernel[(groups,)](ids, before, counts, slots, group_blocks, experts, BLOCK=BLOCK, BINS=bins)
-        place_kernel[(blocks,)](
+        launch(count_kernel, (groups,), ids, before, counts, slots, group_blocks, experts, BLOCK=BLOCK, BINS=bins)
+        launch(
+            place_kernel, (blocks,),
             ids, before, counts, order, offsets, position, slots, group_blocks, groups, experts,
             BLOCK=BLOCK, BINS=bins, STEP=32, GROUP_STEP=power_of_2(8192 // bins, least=8, most=GROUPS),
         )  # fmt: skip

@@ -48,10 +48,13 @@ _STATE = "_moefx"  # instance attribute of an optimised model: its report, optio
 # ------------------------------------------------------------------------------------------------ the pipeline
 
 
-def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Variant:
+def analyse(
+    module: nn.Module, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> Variant:
     """capture -> find -> canonicalise -> partition -> schedule -> lower -> emit -> verify, for one way of calling a block.
 
-    args, kwargs: one real call in normal form (`probe.bind`). Raises Decline with the reason and the nearest miss.
+    twin: its probe copy; args, kwargs: one real call in normal form (`probe.bind`). Raises Decline with the reason and
+    the nearest miss.
     """
     for leaf in pytree.tree_leaves((args, kwargs)):
         if not isinstance(leaf, (Tensor, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)):
@@ -63,7 +66,6 @@ def analyse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], op
     reasons: list[Decline] = []
     near: list[str] = []
     for more in (1, 4, 16):  # more tokens, as long as some expert was reached by none
-        twin = probe.probe_copy(module, options.seed)
         tokens = _token_shape(example, module, experts, more)
         inputs = probe.draw(example, tokens, options.seed + more, experts)
         if not _runs(twin, *inputs):  # inputs whose sizes hang together: try the sizes of the example
@@ -395,8 +397,10 @@ def _rewrite_candidates(
             continue
         key = (search.structure_key(module), _signature(example), module.training)
         first, variants = analysed.setdefault(key, (name, {}))
-        forward = RewrittenForward(module, _analyser(options), variants)
-        variant = _try(module, forward, example, first == name)
+        analyser = Analyser(options)
+        forward = RewrittenForward(module, analyser, variants)
+        with analyser.keeping():
+            variant = _try(module, forward, analyser, example, first == name)
         if isinstance(variant, Decline):
             if first == name:
                 report.declined.append(DeclinedBlock(name, variant.reason, variant.nearest, variant.location))
@@ -409,15 +413,38 @@ def _rewrite_candidates(
     report.seconds = time.perf_counter() - start
 
 
-def _analyser(options: Options) -> Callable[..., Variant]:
-    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+class Analyser:
+    """Makes variants of blocks. Inside `keeping` the probe copy of a block serves all of its analyses."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self._keeps = options, False
+        self._kept: nn.Module | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         with probe.neutral():
-            return analyse(module, args, kwargs, options)
+            return analyse(module, self.twin(module), args, kwargs, self.options)
 
-    return run
+    def twin(self, module: nn.Module) -> nn.Module:
+        """The probe copy of `module`, in the mode that the module is in."""
+        twin = self._kept or probe.probe_copy(module, self.options.seed)
+        self._kept = twin if self._keeps else None
+        for own, copied in zip(module.modules(), twin.modules()):
+            copied.training = own.training
+        return twin
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """For work on one module."""
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps, self._kept = False, None
 
 
-def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, first: bool) -> Variant | Decline:
+def _try(
+    module: nn.Module, forward: RewrittenForward, analyser: Analyser, example: probe.Example, first: bool
+) -> Variant | Decline:
     """Analyses the mode the block is in and the other one, and checks the block itself: its weights, dtype, device."""
     for name, child in module.named_modules():
         if foreign_forward(child):
@@ -431,7 +458,7 @@ def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, f
         )
         if first:
             with _mode(module, not module.training):
-                _try_mode(forward, variant, example)
+                _try_mode(forward, analyser, variant, example)
         return variant
     except Decline as reason:
         return reason
@@ -440,17 +467,16 @@ def _try(module: nn.Module, forward: RewrittenForward, example: probe.Example, f
         return Decline(f"moefx itself failed on this block, please report it: {type(error).__name__}: {error}")
 
 
-def _try_mode(forward: RewrittenForward, variant: Variant, example: probe.Example) -> None:
+def _try_mode(forward: RewrittenForward, analyser: Analyser, variant: Variant, example: probe.Example) -> None:
     """The same block in its other mode: the same rewriting if it verifies there too, else an analysis of its own."""
     args, kwargs = copy.deepcopy((example.args, example.kwargs))
     key = call_key(forward.module, args, kwargs)
     if key in forward.variants:
         return
-    twin = probe.probe_copy(forward.module, 1)
+    twin = analyser.twin(forward.module)
+    run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     try:
-        verify.verify(
-            twin, lambda a, k: variant.run(twin, a, k), example, variant.region.experts, variant.lowest, variant.skip
-        )
+        verify.verify(twin, run, example, variant.region.experts, variant.lowest, variant.skip, again=True)
         forward.variants[key] = variant
     except Decline:
         forward.variant_for(args, kwargs)
@@ -492,6 +518,8 @@ def _compare_on_device(
     sizes = {n: p.numel() * p.element_size() for n, p in module.named_parameters() if p.is_floating_point()}
     large = [n for n, size in sizes.items() if size > LARGE_BYTES]
     rounds = [[n] for n in large] + [[n for n in sizes if n not in large]] if gradients else [[]]
+    if gradients:
+        variant.precompile(module, args, kwargs, rounds)
     worst = 0.0
     for wanted in rounds:
         try:
@@ -505,7 +533,8 @@ def _compare_on_device(
         expected = verify.Outcome(expected.outputs, held)
         actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
         low = verify.precision([torch.zeros((), dtype=dtype), *(v for v in expected.outputs if isinstance(v, Tensor))])
-        worst = max(worst, *verify.compare(expected, actual, 20 * verify.TOLERANCE[low], where).values())
+        worst = max(worst, *verify.compare(expected, actual, verify.ON_DEVICE[low], where).values())
+        del expected, actual  # the next round's gradients take their memory
     return worst
 
 

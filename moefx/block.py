@@ -61,10 +61,19 @@ class Variant:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten forward on normalised arguments (see `probe.bind`)."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        return self._run(module, Moe(self, module), args, kwargs)
+
+    def precompile(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: list[list[str]]
+    ) -> None:
+        """Makes the kernels ready that such a call needs, and those of its backward; see `CompiledRegion.precompile`."""
+        with torch.no_grad():
+            self._run(module, _Ready(self, module, rounds), args, kwargs)
+
+    def _run(self, module: nn.Module, moe: Moe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         enabled = torch.is_grad_enabled()
         try:
-            outputs = self.forward(module, Moe(self, module), *leaves)
+            outputs = self.forward(module, moe, *pytree.tree_leaves((args, kwargs)))
         finally:
             torch.set_grad_enabled(enabled)
         return pytree.tree_unflatten(outputs, self.spec)
@@ -78,14 +87,33 @@ class Moe:
 
     def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """x [..., D], router values as recorded -> routed output [..., d_out]."""
+        tokens, slots, weights, params = self.inputs(x, ids, w, keep)
+        y = self.variant.compiled(tokens, slots, weights, params)
+        return y.reshape(*x.shape[:-1], self.variant.region.d_out)
+
+    def inputs(
+        self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """What the compiled region takes: x [T, D], ids and w [T, K], parameters by name."""
         region = self.variant.region
         tokens = x.reshape(-1, region.d_model)
         slots, weights = region_inputs(self.variant.routing, region.experts, tokens.shape[0], ids, w, keep)
         if weights is None:
             weights = torch.ones(slots.shape, dtype=x.dtype, device=x.device)
         params = {name: _parameter(self.module, name) for leaf in region.leaves for name in dict.fromkeys(leaf.params)}
-        y = self.variant.compiled(tokens, slots, weights, params)
-        return y.reshape(*x.shape[:-1], region.d_out)
+        return tokens, slots, weights, params
+
+
+class _Ready(Moe):
+    """Makes the kernels of the routed part ready in place of running it. rounds: see `CompiledRegion.precompile`."""
+
+    def __init__(self, variant: Variant, module: nn.Module, rounds: list[list[str]]) -> None:
+        super().__init__(variant, module)
+        self.rounds = rounds
+
+    def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Tensor:
+        self.variant.compiled.precompile(*self.inputs(x, ids, w, keep), self.rounds)
+        return x.new_zeros(*x.shape[:-1], self.variant.region.d_out)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,25 @@ class CompiledRegion:
             y: Tensor = _RegionFunction.apply(self, _autocast_dtype(x.device.type), x, ids, w, *tensors)  # type: ignore[no-untyped-call]
             return y
         return self.run_forward(x, ids, w, tensors, _autocast_dtype(x.device.type), keep=False)[0]
+
+    def precompile(
+        self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor], rounds: Sequence[Sequence[str]]
+    ) -> None:
+        """Compiles the kernels that a call with these arguments and its backward need, side by side, and runs none.
+
+        rounds: the parameters whose gradients are wanted, taken apart so that only one round's are allocated at once.
+        """
+        compiling = ops_for(x.device.type, self.kernels).get("only_compiling")
+        if compiling is None:
+            return
+        self._check(x, ids, w, params)
+        tensors = [params[name] for name in self.binder.names]
+        dtype = _autocast_dtype(x.device.type)
+        with compiling():
+            self.run_forward(x, ids, w, tensors, dtype, keep=False)
+            y, saved = self.run_forward(x, ids, w, tensors, dtype)
+            for wanted in rounds:
+                self.run_backward(saved, y, tensors, [n in wanted for n in self.binder.names], True, dtype)
 
     def _check(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> None:
         region = self.region

@@ -284,4 +284,6 @@ def draw(
 
 def _is_mask(t: Tensor) -> bool:
     """A float tensor of very few different values is a mask, not data."""
+    if len(set(t.flatten()[:16].tolist())) > 4:
+        return False  # seen at a glance (non-finite values count once each)
     return t.numel() > 8 and len(torch.unique(t[torch.isfinite(t)])) <= 2

@@ -669,7 +669,7 @@ class Lifter(TorchDispatchMode):
     def _holds_rows(self, codes: Any) -> bool:
         """Whether codes contain values or dots (not parameters alone)."""
         positive = codes[codes > 0]
-        handles = torch.unique(positive >> COL_BITS).tolist()
+        handles = torch.unique(torch.unique_consecutive(positive >> COL_BITS)).tolist()  # long runs of one handle
         return any(
             self.handles[h][0] != "leaf"
             and not (self.handles[h][0] == "val" and self.rows[self.handles[h][1]].token is None)
