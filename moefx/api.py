@@ -76,13 +76,14 @@ def analyse(
                     return _realise_either(module, twin, hypothesis, example, options)
                 except Decline as reason:
                     log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
+                    reason.location = reason.location or hypothesis.combined.line
                     reasons.append(reason)
                     if len(reasons) == MAX_HYPOTHESES:
                         break
             break
         except find.Unreached as missing:
             near.append(str(missing))
-    raise _best_reason(reasons, near)
+    raise _best_reason(reasons, near, _source_line(type(module)))
 
 
 def _hypotheses(
@@ -159,7 +160,7 @@ def _realise(
         ("emit", compiled.source),
     )
     lowest = verify.precision([v.tensor for v in hypothesis.trace.values])
-    location = f"{inspect.getsourcefile(type(module)) or '?'}:{_first_line(type(module))}"
+    location = _source_line(type(module))
     variant = Variant(
         compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
@@ -189,15 +190,16 @@ def _token_shape(example: probe.Example, module: nn.Module, experts: int, more: 
     return (max(shape[0], -(-need * shape[0] // have)), *shape[1:]) if shape else shape
 
 
-def _first_line(cls: type) -> int:
+def _source_line(cls: type) -> str:
+    """file:line of a class."""
     try:
-        return inspect.getsourcelines(cls)[1]
+        return f"{inspect.getsourcefile(cls) or '?'}:{inspect.getsourcelines(cls)[1]}"
     except (OSError, TypeError):
-        return 0
+        return "?"
 
 
-def _best_reason(reasons: list[Decline], near: list[str]) -> Decline:
-    """The verdict that came furthest, with the nearest miss."""
+def _best_reason(reasons: list[Decline], near: list[str], location: str) -> Decline:
+    """The verdict that came furthest, with the nearest miss. location: of the block."""
     if reasons:
         last = reasons[0]
         return Decline(
@@ -206,9 +208,8 @@ def _best_reason(reasons: list[Decline], near: list[str]) -> Decline:
             last.location,
         )
     notes = list(dict.fromkeys(near))
-    return Decline(
-        "no routed experts: " + (notes[0] if notes else "no parameters are used like experts"), "; ".join(notes[1:4])
-    )
+    first = notes[0] if notes else "no parameters are used like experts"
+    return Decline("no routed experts: " + first, "; ".join(notes[1:4]), location)
 
 
 # ------------------------------------------------------------------------------------------------ the whole model
@@ -550,7 +551,11 @@ def _found(name: str, forward: RewrittenForward, variant: Variant, same_as: str)
     region, stages = variant.region, dict(variant.stages)
     declined = [v for v in forward.variants.values() if isinstance(v, Decline)]
     other = "eval" if forward.module.training else "train"
-    notes = tuple(f"in {other} mode the original runs: {d.reason}" for d in declined)
+    notes = (
+        *(f"in {other} mode the original runs: {d.reason}" for d in declined),
+        *variant.compiled.notes,
+        *(f"without a kernel: {reason}" for reason in variant.compiled.without_kernel.values()),
+    )
     return FoundBlock(
         name=name,
         experts=region.experts,

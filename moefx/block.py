@@ -160,6 +160,7 @@ class RewrittenForward:
         self.module, self.analyse, self.variants = module, analyse, variants
         self.previous = module.__dict__.get("forward") if foreign_forward(module) else None
         self.watched: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
+        self.failed = False
         self.signature = inspect.signature(type(module).forward)
         self.__signature__ = inspect.signature(types.MethodType(type(module).forward, module))  # for those who ask
 
@@ -185,9 +186,14 @@ class RewrittenForward:
             return variant.run(self.module, flat_args, flat_kwargs)
         except variant.skip:
             return self.original(*args, **kwargs)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # not foreseen: the original decides
-            log.debug("the rewritten %s failed; the original runs", type(self.module).__name__, exc_info=True)
-            return self.original(*args, **kwargs)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # the original decides
+            result = self.original(*args, **kwargs)
+            if not self.failed:  # once: the original takes what the rewritten block does not
+                kind, text = type(self.module).__name__, f"{type(error).__name__}: {error}"
+                log.warning("moefx runs the original %s for a call that its rewritten form fails on: %s", kind, text)
+                log.debug("where it failed", exc_info=error)
+            self.failed = True
+            return result
 
     def variant_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | Decline:
         """The variant for this way of calling, analysed now if it is new."""

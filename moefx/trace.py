@@ -17,6 +17,17 @@ HOST_READS = frozenset(
 )
 
 
+def user_line() -> str:
+    """file:line of the innermost frame that belongs to the user (neither torch nor moefx)."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("torch.", "moefx.")) and name not in ("torch", "contextlib"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
 @dataclass(eq=False)
 class Value:
     """A tensor at one version of its storage.
@@ -43,6 +54,11 @@ class Value:
     @property
     def shape(self) -> torch.Size:
         return self.tensor.shape
+
+    @property
+    def line(self) -> str:
+        """file:line of the user's code that made it; "?" for what came from outside."""
+        return self.producer.location if self.producer is not None else "?"
 
     def __repr__(self) -> str:
         return f"%{self.path or self.index}"

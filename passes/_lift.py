@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moefx.trace import user_line
+
 DATA = -1
 ZERO = 0
 COL_BITS = 34
@@ -139,6 +141,10 @@ class Lifter(TorchDispatchMode):
         self._token_of: dict[int, int] = {}
         if self.experts is not None:
             self._tainted |= {self.tensors[i].untyped_storage()._cdata for i in self.experts}
+
+    def note(self, text: str) -> None:
+        """Why lifting stopped, with the line of the user's that made it stop."""
+        self.notes.append(f"{text} at {user_line()}")
 
     # ------------------------------------------------------------------ tables
 
@@ -282,7 +288,7 @@ class Lifter(TorchDispatchMode):
             return
         codes: Tensor | int | None
         if base in RANDOM and not (base == "native_dropout" and (args[1] == 0 or args[2] is False)):
-            self.notes.append(f"a random operator ({base}) acts on an expert's values")
+            self.note(f"a random operator ({base}) acts on an expert's values")
             codes = None
         elif base in CONTRACTIONS:
             codes = self._contraction(base, args, kwargs)
@@ -303,9 +309,9 @@ class Lifter(TorchDispatchMode):
         if codes is None:
             self._settle(inputs)
             if any(t.untyped_storage()._cdata in self._random for t in inputs):
-                self.notes.append("random numbers meet an expert's values")
+                self.note("random numbers meet an expert's values")
             if any(isinstance(self._codes.get(t.untyped_storage()._cdata), Tensor) for t in inputs):
-                self.notes.append(f"lifting stopped at {func}")
+                self.note(f"what happens to an expert's values is not followed beyond {func}")
         for i, t in enumerate(outputs):
             self.set_codes(t, DATA if codes is None or i > 0 else codes)
 
@@ -415,7 +421,7 @@ class Lifter(TorchDispatchMode):
         tokens = {r.token for r in rows if r.token is not None}
         gates = {r.gate for r in rows if r.gate is not None}
         if len(tokens) > 1 or len(gates) > 1:
-            self.notes.append("a pointwise operator mixes values of different tokens")
+            self.note("a pointwise operator mixes values of different tokens")
             return DATA
         binding = tuple(dict.fromkeys(p for r in rows for p in r.binding))
         place = {p: i for i, p in enumerate(binding)}

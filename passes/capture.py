@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from moefx import sizes
 from moefx.errors import Decline
 from moefx.probe import GroupedInDouble
-from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild
+from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild, user_line
 
 
 class Recorder(TorchFunctionMode):
@@ -109,7 +109,7 @@ class Recorder(TorchFunctionMode):
             return answer
         symbolic_args, symbolic_kwargs = self.symbols(args), self.symbols(kwargs)
         call = Call(
-            len(self.calls), func, symbolic_args, symbolic_kwargs, self.scope, torch.is_grad_enabled(), _where()
+            len(self.calls), func, symbolic_args, symbolic_kwargs, self.scope, torch.is_grad_enabled(), user_line()
         )
         before = [t._version for t in tensors]
         result = func(*rebuild(args, sizes.plain), **rebuild(kwargs, sizes.plain))
@@ -149,7 +149,7 @@ class Recorder(TorchFunctionMode):
         grad_enabled = torch.is_grad_enabled()
         with torch._C.DisableTorchFunction():
             call = Call(
-                len(self.calls), cls.apply, self.symbols(args), self.symbols(kwargs), self.scope, grad_enabled, _where()
+                len(self.calls), cls.apply, self.symbols(args), self.symbols(kwargs), self.scope, grad_enabled, user_line()
             )
             before = [t._version for t in tensors]
             result = original(*rebuild(args, sizes.plain), **rebuild(kwargs, sizes.plain))
@@ -169,17 +169,6 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             call.result = self.symbols(result)
         self.scope = self.scope[:-1]
-
-
-def _where() -> str:
-    """file:line of the innermost frame that belongs to the user (neither torch nor moefx)."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("torch.", "moefx.")) and name not in ("torch", "contextlib"):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "?"
 
 
 @contextlib.contextmanager

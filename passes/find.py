@@ -778,9 +778,10 @@ def _output_side(
                 yield Hypothesis(trace, region, base, routing, solution.combined, solution.residual)
             if not explained:
                 dense = float(support.float().mean()) > 0.95
+                made = f" (the sum is made at {solution.combined.line})"
                 near.append(
-                    f"{what}: every expert weighs every token (a dense mixture, nothing to route)"
-                    if dense else f"{what}: residual {solution.residual:.1e}, but no router value explains the gates"
+                    f"{what}: every expert weighs every token (a dense mixture, nothing to route){made}"
+                    if dense else f"{what}: residual {solution.residual:.1e}, but no router value explains the gates{made}"
                 )  # fmt: skip
         if not found:
             near.append(f"{what}: no tensor of {x.shape[0]} rows is a weighted sum of expert outputs")
