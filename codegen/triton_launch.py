@@ -74,13 +74,13 @@ def float32_precision() -> str:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-_only_compile = False  # while true, `launch` compiles and runs nothing
+_compiled: list[Any] | None = None  # while a list, `launch` compiles into it and runs nothing
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Runs a kernel on the current stream; inside `only_compiling` makes it ready to run instead."""
-    if _only_compile:
-        kernel.warmup(*args, grid=grid, **options)
+    if _compiled is not None:
+        _compiled.append(kernel.warmup(*args, grid=grid, **options))
     else:
         kernel[grid](*args, **options)
 
@@ -88,18 +88,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 @contextlib.contextmanager
 def only_compiling() -> Iterator[None]:
     """Inside, kernels are compiled for the arguments they are launched with, side by side, and none runs: what they would
-    have written stays arbitrary. Returns when all are ready. Not for several threads at once."""
-    global _only_compile
+    have written stays arbitrary. Returns when all are ready and loaded. Not for several threads at once."""
+    global _compiled
     if interpreted():
         yield  # nothing to compile
         return
-    _only_compile = True
-    try:
-        side_by_side = getattr(triton, "AsyncCompileMode", None)  # since Triton 3.5
-        with ThreadPoolExecutor(os.cpu_count()) as pool, side_by_side(pool) if side_by_side else contextlib.nullcontext():
-            yield
-    finally:
-        _only_compile = False
+    compiled: list[Any] = []
+    side_by_side = getattr(triton, "AsyncCompileMode", None)  # since Triton 3.5
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        _compiled = compiled
+        try:
+            with side_by_side(pool) if side_by_side else contextlib.nullcontext():
+                yield
+        finally:
+            _compiled = None
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        list(pool.map(lambda kernel: _load(kernel, device), {id(kernel): kernel for kernel in compiled}.values()))
+
+
+def _load(kernel: Any, device: int | None) -> None:
+    """Brings a compiled kernel onto the device and builds its launcher, which Triton would do at its first launch."""
+    with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
+        kernel.run  # noqa: B018 - a property that does both
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

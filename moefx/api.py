@@ -185,9 +185,10 @@ def _token_shape(example: probe.Example, module: nn.Module, experts: int, more: 
     """Token sizes of the analysis run: enough to reach every expert where experts are separate modules."""
     shape = probe.shapes_for(example)[0]
     stacked = any(p.dim() >= 3 for p in module.parameters())
-    need = (53 if stacked else max(53, 6 * experts)) * more
+    heavy = sum(p.numel() for p in module.parameters()) > verify.HEAVY
+    need = (24 if stacked and heavy else 53 if stacked else max(53, 6 * experts)) * more
     have = max(1, torch.Size(shape).numel())
-    return (max(shape[0], -(-need * shape[0] // have)), *shape[1:]) if shape else shape
+    return (max(1, -(-need * shape[0] // have)), *shape[1:]) if shape else shape
 
 
 def _source_line(cls: type) -> str:
