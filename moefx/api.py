@@ -53,7 +53,7 @@ def analyse(
 ) -> Variant:
     """capture -> find -> canonicalise -> partition -> schedule -> lower -> emit -> verify, for one way of calling a block.
 
-    twin: its probe copy; args, kwargs: one real call in normal form (`probe.bind`). Raises Decline with the reason and
+    twin: a probe copy of it; args, kwargs: one real call in normal form (`probe.bind`). Raises Decline with the reason and
     the nearest miss.
     """
     for leaf in pytree.tree_leaves((args, kwargs)):
@@ -67,9 +67,7 @@ def analyse(
     near: list[str] = []
     for more in (1, 4, 16):  # more tokens, as long as some expert was reached by none
         tokens = _token_shape(example, module, experts, more)
-        inputs = probe.draw(example, tokens, options.seed + more, experts)
-        if not _runs(twin, *inputs):  # inputs whose sizes hang together: try the sizes of the example
-            inputs = probe.draw(example, example.token_sizes, options.seed + more, experts)
+        inputs = _inputs(twin, example, tokens, options.seed + more, experts)
         try:
             for hypothesis in _hypotheses(twin, *inputs, near, all_reached=more < 16):
                 try:
@@ -170,6 +168,16 @@ def _realise(
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)
     variant.errors.update(errors)
     return variant
+
+
+def _inputs(
+    twin: nn.Module, example: probe.Example, tokens: tuple[int, ...], seed: int, experts: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of `tokens` for a probe copy; of the example's sizes where it does not run on those."""
+    inputs = probe.draw(example, tokens, seed, experts, dtype=probe.dtype_of(twin))
+    if _runs(twin, *inputs):
+        return inputs
+    return probe.draw(example, example.token_sizes, seed, experts, dtype=probe.dtype_of(twin))
 
 
 def _runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -424,15 +432,23 @@ class Analyser:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         with probe.neutral():
-            return analyse(module, self.twin(module), args, kwargs, self.options)
+            return analyse(module, self.twin(module, probe.Example.of(args, kwargs)), args, kwargs, self.options)
 
-    def twin(self, module: nn.Module) -> nn.Module:
-        """The probe copy of `module`, in the mode that the module is in."""
-        twin = self._kept or probe.probe_copy(module, self.options.seed)
+    def twin(self, module: nn.Module, example: probe.Example) -> nn.Module:
+        """A probe copy of `module`, in the mode that the module is in."""
+        twin = self._kept or self._copy(module, example)
         self._kept = twin if self._keeps else None
         for own, copied in zip(module.modules(), twin.modules()):
             copied.training = own.training
         return twin
+
+    def _copy(self, module: nn.Module, example: probe.Example) -> nn.Module:
+        """In float64, or in float32 where the block only runs in that."""
+        for dtype in (torch.float64, torch.float32):
+            twin = probe.probe_copy(module, self.options.seed, dtype)
+            if _runs(twin, *probe.draw(example, example.token_sizes, self.options.seed, 1, dtype=dtype)):
+                return twin
+        return probe.probe_copy(module, self.options.seed)  # capture says why it does not run
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -475,7 +491,7 @@ def _try_mode(forward: RewrittenForward, analyser: Analyser, variant: Variant, e
     key = call_key(forward.module, args, kwargs)
     if key in forward.variants:
         return
-    twin = analyser.twin(forward.module)
+    twin = analyser.twin(forward.module, example)
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     try:
         verify.verify(twin, run, example, variant.region.experts, variant.lowest, variant.skip, again=True)

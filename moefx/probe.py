@@ -1,7 +1,9 @@
 """Probe copies and probe inputs: what a block is run on while it is analysed and verified.
 
 A probe copy lives on the CPU in float64 with random parameters: equal experts (upcycling), zero-initialised weights and
-constant buffers would hide what the block computes, and in float64 every cast the block makes is visible as a cast.
+constant buffers would hide what the block computes, and in float64 every cast the block makes is visible as a cast. A
+block that mixes in float32 (`one_hot(...).float()`, a router that always computes in float32) does not run in float64:
+its probe copy is in float32.
 """
 
 from __future__ import annotations
@@ -220,6 +222,11 @@ def guess_experts(module: nn.Module) -> int:
         return max(n for n, count in stacks.items() if count == most)
     repeats = Counter(tuple(p.shape) for p in module.parameters() if p.dim() >= 2)
     return max(repeats.values(), default=1)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a probe copy."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float64)
 
 
 def draw(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moefx.errors import Decline
-from moefx.probe import Example, GroupedInDouble, draw, shapes_for
+from moefx.probe import Example, GroupedInDouble, draw, dtype_of, shapes_for
 
 # relative error allowed, by the least precise floating dtype that took part
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -61,7 +61,7 @@ def verify(
     module: nn.Module, rewritten: Run, example: Example, experts: int, lowest: torch.dtype, skip: type[Exception],
     again: bool = False,
 ) -> dict[str, float]:
-    """Compares `module` (a float64 probe copy) with its rewritten form on adversarial cases.
+    """Compares `module` (a probe copy) with its rewritten form on adversarial cases.
 
     again: the rewriting was verified before, in another mode: fewer cases, and of very large blocks no gradients. The
     gradients of their large parameters are never compared here, but on the block's own weights (`moefx.api`).
@@ -77,7 +77,7 @@ def verify(
     for i, case in enumerate(adversarial_cases(example, again)):
         if heavy and (i or again):
             case = replace(case, gradients=False)
-        args, kwargs = draw(example, case.token_shape, 1000 + i, experts, case.tokens)
+        args, kwargs = draw(example, case.token_shape, 1000 + i, experts, case.tokens, dtype_of(module))
         try:
             expected = run_once(lambda a, k: module.forward(*a, **k), module, args, kwargs, case.gradients, wanted)
         except Exception:  # noqa: BLE001 - the original cannot run this case: nothing to compare with

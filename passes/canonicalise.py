@@ -92,6 +92,8 @@ class _Builder:
         self.graph = fx.Graph()
         self.env: dict[Value, fx.Node] = {}  # by tensor object
         self.routed: fx.Node | None = None
+        self.pending = {(str(expr), outcome): (expr, outcome) for expr, outcome in self.trace.log.guards}
+        self.guards = 0
         self.results = {m: {v.object for v in values_in(m.result)} for m in self.trace.module_calls}
         self.pure = {m: self._is_pure(m) for m in self.trace.module_calls}
         self.writers: dict[int, list[Call]] = {}
@@ -234,6 +236,7 @@ class _Builder:
         self._write_guards()
         for _, write in sorted(self._events(), key=lambda e: e[0]):
             write()
+            self._write_guards()
         self.graph.output([self._argument(v) for v in self.trace.result[0]])
         self.graph.lint()
         code = self.graph.python_code("self")
@@ -349,13 +352,11 @@ class _Builder:
         return self.graph.call_function(expr.fn, args)
 
     def _write_guards(self) -> None:
-        inputs = {v for v in self.trace.inputs if isinstance(v, Value)}
-        seen = set()
-        self.guards = 0
-        for expr, outcome in self.trace.log.guards:
-            key = (str(expr), outcome)
-            if key not in seen and all(v in inputs for v in _expr_values(expr)):
-                seen.add(key)
+        """The guards whose values the graph has by now, each as early as it can be. Sizes of the experts' tensors depend
+        on the routing, and what else the graph does not have nobody needs: these are no guards."""
+        for key, (expr, outcome) in list(self.pending.items()):
+            if all(not v.tainted and v.object in self.env for v in _expr_values(expr)):
+                del self.pending[key]
                 self.guards += 1
                 self.graph.call_function(check_size, (self._expression(expr), outcome))
 
