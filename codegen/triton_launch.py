@@ -108,8 +108,9 @@ def only_compiling() -> Iterator[None]:
 
 def _load(kernel: Any, device: int | None) -> None:
     """Brings a compiled kernel onto the device and builds its launcher, which Triton would do at its first launch."""
+    ready = kernel.result() if hasattr(kernel, "result") else kernel  # of a compilation that ran side by side
     with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
-        kernel.run  # noqa: B018 - a property that does both
+        ready.run  # noqa: B018 - a property that does both
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

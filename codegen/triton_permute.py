@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import check_dtypes, expert_tile, launch, on_device, power_of_2, row_tiles, unit_columns
+from moefx.codegen.triton_launch import (
+    check_dtypes,
+    expert_tile,
+    launch,
+    on_device,
+    power_of_2,
+    row_tiles,
+    unit_columns,
+)
 from torch import Tensor
 
 # One program handles about this many elements at a time: 16 for each of the 128 threads of 4 warps.

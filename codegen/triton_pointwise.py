@@ -23,7 +23,15 @@ from typing import Any
 import torch
 import triton
 from moefx.codegen import triton_grouped
-from moefx.codegen.triton_launch import check_dtypes, float32_precision, launch, on_device, power_of_2, row_tiles, unit_columns
+from moefx.codegen.triton_launch import (
+    check_dtypes,
+    float32_precision,
+    launch,
+    on_device,
+    power_of_2,
+    row_tiles,
+    unit_columns,
+)
 from moefx.codegen.triton_permute import expert_sum
 from moefx.codegen.triton_rules import FUNCTIONS, MASK_ARGUMENTS, RULES, STORAGE_KEYWORDS, Formula, literal
 from torch import Tensor

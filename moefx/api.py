@@ -8,7 +8,7 @@ import enum
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_nam
 from moefx.passes.capture import capture
 from moefx.report import DeclinedBlock, FoundBlock, Report
 from moefx.routing import Hypothesis
-from moefx.trace import Trace
+from moefx.trace import Trace, precision
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def analyse(
     reasons: list[Decline] = []
     near: list[str] = []
     for more in (1, 4, 16):  # more tokens, as long as some expert was reached by none
+        tried = 0
         tokens = _token_shape(example, module, experts, more)
         inputs = _inputs(twin, example, tokens, options.seed + more, experts)
         try:
@@ -76,7 +77,8 @@ def analyse(
                     log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
                     reason.location = reason.location or hypothesis.combined.line
                     reasons.append(reason)
-                    if len(reasons) == MAX_HYPOTHESES:
+                    tried += 1
+                    if tried == MAX_HYPOTHESES:
                         break
             break
         except find.Unreached as missing:
@@ -86,8 +88,9 @@ def analyse(
 
 def _hypotheses(
     twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str], all_reached: bool
-) -> Iterator[Hypothesis]:
+) -> Generator[Hypothesis, None, None]:
     """What the block may compute. all_reached: stop at the first sign of experts that no token reached in this run."""
+    probe.unpack(twin)
     first = Lifter(twin)
     with probe.state_kept(twin):
         trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
@@ -96,13 +99,16 @@ def _hypotheses(
     if not groups:
         near.append("no parameters take each other's place in one computation, as experts do")
     for group in groups:
+        probe.unpack(twin)
         lifter = Lifter(twin, group)
         with probe.state_kept(twin):
             trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
         if all_reached:
             find.check_reached(twin, lifter)
-        yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
+        ungated = yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
         near.extend(dict.fromkeys(lifter.notes))
+        if ungated and all_reached:  # taken for shared experts, which was refuted
+            raise find.Unreached(f"no token was given to {ungated}")
 
 
 def _redrawn(
@@ -157,7 +163,7 @@ def _realise(
         ("lower", "\n".join(map(str, compiled.plans))),
         ("emit", compiled.source),
     )
-    lowest = verify.precision([v.tensor for v in hypothesis.trace.values])
+    lowest = precision([v.tensor for v in hypothesis.trace.values])
     location = _source_line(type(module))
     variant = Variant(
         compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
@@ -550,8 +556,9 @@ def _compare_on_device(
         held = {n: None if g is None else g.cpu() for n, g in expected.gradients.items()}
         expected = verify.Outcome(expected.outputs, held)
         actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
-        low = verify.precision([torch.zeros((), dtype=dtype), *(v for v in expected.outputs if isinstance(v, Tensor))])
-        worst = max(worst, *verify.compare(expected, actual, verify.ON_DEVICE[low], where).values())
+        outputs = [v for v in expected.outputs if isinstance(v, Tensor)]
+        low = precision([torch.zeros((), dtype=d) for d in (dtype, variant.lowest)] + outputs)
+        worst = max(worst, *verify.compare(expected, actual, verify.ON_DEVICE[low], where, overflows=True).values())
         del expected, actual  # the next round's gradients take their memory
     return worst
 

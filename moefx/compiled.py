@@ -104,10 +104,8 @@ class CompiledRegion:
         """The leaves; under autocast the matrices are cast as a linear's weight would be."""
         leaves, notes = self.binder.bind(dict(zip(self.binder.names, tensors)))
         self.notes = tuple(notes)
-        if matrix_dtype is None:
-            return leaves
-        matrix = [len(leaf.shape) == 2 for leaf in self.region.leaves]
-        return [leaf.to(matrix_dtype) if is_matrix else leaf for leaf, is_matrix in zip(leaves, matrix)]
+        dtypes = [leaf.read_as or (matrix_dtype if len(leaf.shape) == 2 else None) for leaf in self.region.leaves]
+        return [value if dtype is None else value.to(dtype) for value, dtype in zip(leaves, dtypes)]
 
     def run_forward(
         self,

@@ -12,8 +12,13 @@ r pipeline degree (chunks).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
+
+import torch
 
 from moefx.errors import PlanError
 
@@ -100,13 +105,15 @@ class Leaf:
         parameter(params[e]).flatten()[offsets[e] + i*strides[0] + j*strides[1] ...]   of shape `shape`.
 
     `params` holds E qualified names (all equal when the experts are stacked in one parameter); `shape` is (I, O) for
-    a matrix used as rows @ leaf, (n,) for a vector, () for a scalar.
+    a matrix used as rows @ leaf, (n,) for a vector, () for a scalar. read_as: the dtype that the block casts a matrix to
+    before it multiplies (None: the parameter's own).
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     params: tuple[str, ...]
     offsets: tuple[int, ...]
+    read_as: torch.dtype | None = None
 
     @property
     def experts(self) -> int:
@@ -134,7 +141,8 @@ class Leaf:
             where = f"{self.params[0]} + {self.offsets[0]} + e*{self.expert_stride}"
         else:
             where = f"{self.params[0]} ... {self.params[-1]}"
-        return f"[{shape}] strides {self.strides} of {where}"
+        cast = f" as {self.read_as}" if self.read_as is not None else ""
+        return f"[{shape}] strides {self.strides} of {where}{cast}"
 
 
 # ------------------------------------------------------------------------------------------------ the region
@@ -178,16 +186,27 @@ class Region:
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of work on one chunk. `uses` and `makes` name values; dependencies follow from them."""
+    """One unit of work. `deps` name the tasks that must end before it starts.
+
+    chunk: the chunk of tokens it works on, or `NO_CHUNK` (shared expert, slices of the gradients).
+    resource: what it keeps busy, one task at a time: "compute", "memory", a link.
+    seconds: how long it takes; None while it has no price (`moefx.costs.price`, `TaskGraph.timed`).
+    """
 
     name: str
     kind: str
     chunk: int
     resource: str
     deps: tuple[str, ...] = ()
+    seconds: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} on {self.resource}" + (f" after {', '.join(self.deps)}" if self.deps else "")
+        after = f" after {', '.join(self.deps)}" if self.deps else ""
+        takes = f" takes {1e3 * self.seconds:.6g} ms" if self.seconds is not None else ""
+        return f"{self.name} on {self.resource}{takes}{after}"
+
+
+NO_CHUNK = -1
 
 
 @dataclass(frozen=True)
@@ -206,10 +225,33 @@ class TaskGraph:
             missing = [d for d in task.deps if d not in seen]
             if missing:
                 raise PlanError(f"task {task.name} depends on {missing}, not listed before it")
+            if task.seconds is not None and not 0 <= task.seconds < math.inf:
+                raise PlanError(f"task {task.name} takes {task.seconds} s; a time is finite and not negative")
             seen.add(task.name)
 
+    @cached_property
+    def by_name(self) -> dict[str, Task]:
+        return {t.name: t for t in self.tasks}
+
     def __getitem__(self, name: str) -> Task:
-        return next(t for t in self.tasks if t.name == name)
+        try:
+            return self.by_name[name]
+        except KeyError:
+            raise PlanError(f"no task {name!r} in this graph of {len(self.tasks)} tasks") from None
+
+    def timed(self, seconds: Callable[[Task], float] | Mapping[str, float]) -> TaskGraph:
+        """The same tasks with new times, from a function of the task or a mapping from its name."""
+        price = (lambda t: seconds[t.name]) if isinstance(seconds, Mapping) else seconds
+        return TaskGraph(self.phase, self.degree, tuple(replace(t, seconds=price(t)) for t in self.tasks))
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Each task's time; PlanError names a task without one."""
+        result = {t.name: t.seconds for t in self.tasks if t.seconds is not None}
+        if len(result) < len(self.tasks):
+            task = next(t for t in self.tasks if t.seconds is None)
+            raise PlanError(f"task {task.name} ({task.kind}) has no time: price the graph before asking what it costs")
+        return result
 
     def __str__(self) -> str:
         return f"{self.phase} r={self.degree}\n" + "\n".join(f"  {t}" for t in self.tasks)
@@ -224,7 +266,14 @@ class Schedule:
     lanes: tuple[tuple[str, tuple[str, ...]], ...]
 
     def lane_of(self, task: str) -> str:
-        return next(lane for lane, tasks in self.lanes if task in tasks)
+        try:
+            return self._lanes_by_task[task]
+        except KeyError:
+            raise PlanError(f"no lane holds task {task!r} in\n{self}") from None
+
+    @cached_property
+    def _lanes_by_task(self) -> dict[str, str]:
+        return {task: lane for lane, tasks in self.lanes for task in tasks}
 
     def __str__(self) -> str:
         lanes = [f"  {lane}: {' '.join(tasks)}" for lane, tasks in self.lanes]
@@ -247,21 +296,25 @@ class Schedule:
 
 def issue_order(schedule: Schedule, graph: TaskGraph) -> list[tuple[str, str]]:
     """(lane, task) in an order that keeps every lane's order and every dependency; PlanError prints a deadlock."""
-    todo = {lane: list(tasks) for lane, tasks in schedule.lanes}
+    todo = {lane: deque(tasks) for lane, tasks in schedule.lanes}
     done: set[str] = set()
     order: list[tuple[str, str]] = []
     while any(todo.values()):
-        heads = [(lane, tasks[0]) for lane, tasks in todo.items() if tasks]
-        ready = [(lane, task) for lane, task in heads if done.issuperset(graph[task].deps)]
-        if not ready:
-            missing = {task: ", ".join(d for d in graph[task].deps if d not in done) for _, task in heads}
-            stuck = [f"  {lane}: {task} waits for {missing[task]}" for lane, task in heads]
-            raise PlanError("\n".join(["the schedule deadlocks", *stuck]))
-        lane, task = ready[0]
-        todo[lane].pop(0)
-        done.add(task)
-        order.append((lane, task))
+        heads = ((lane, tasks[0]) for lane, tasks in todo.items() if tasks)
+        ready = next((head for head in heads if done.issuperset(graph[head[1]].deps)), None)
+        if ready is None:
+            raise PlanError(deadlock_text(graph, todo, done))
+        todo[ready[0]].popleft()
+        done.add(ready[1])
+        order.append(ready)
     return order
+
+
+def deadlock_text(graph: TaskGraph, todo: Mapping[str, Iterable[str]], done: set[str]) -> str:
+    """What each lane's next task waits for, when none of them can start."""
+    heads = [(lane, next(iter(tasks))) for lane, tasks in todo.items() if tasks]
+    missing = {task: ", ".join(d for d in graph[task].deps if d not in done) for _, task in heads}
+    return "\n".join(["the schedule deadlocks", *(f"  {lane}: {t} waits for {missing[t]}" for lane, t in heads)])
 
 
 # ------------------------------------------------------------------------------------------------ plans

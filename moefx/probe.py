@@ -76,6 +76,13 @@ def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.floa
     return twin
 
 
+def unpack(twin: nn.Module) -> None:
+    """Every parameter of a probe copy has its own storage again (running a region packs them): lifting needs that."""
+    for p in twin.parameters():
+        if p.untyped_storage().nbytes() != p.numel() * p.element_size():
+            p.data = p.data.clone()
+
+
 class GroupedInDouble(TorchDispatchMode):
     """torch's grouped_mm has no float64 kernel; while this is active it has, so that probes can run blocks that use it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,15 @@ def user_line() -> str:
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # falling
+
+
+def precision(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The least precise floating dtype among them."""
+    floats = [t.dtype for t in tensors if t.dtype in PRECISION]
+    return max(floats, key=PRECISION.index, default=torch.float64)
 
 
 @dataclass(eq=False)

@@ -50,13 +50,6 @@ def adversarial_cases(example: Example, again: bool = False) -> list[Case]:
     return cases[:3] if again else cases
 
 
-def precision(tensors: list[Tensor]) -> torch.dtype:
-    """The least precise floating dtype among them."""
-    order = list(TOLERANCE)
-    floats = [t.dtype for t in tensors if t.is_floating_point() and t.dtype in order]
-    return max(floats, key=order.index, default=torch.float64)
-
-
 def verify(
     module: nn.Module, rewritten: Run, example: Example, experts: int, lowest: torch.dtype, skip: type[Exception],
     again: bool = False,
@@ -166,8 +159,14 @@ def _devices(module: nn.Module) -> list[torch.device]:
     return list({p.device for p in module.parameters() if p.device.type == "cuda"})
 
 
-def compare(expected: Outcome, actual: Outcome, tolerance: float, where: str) -> dict[str, float]:
-    """Relative errors of outputs and gradients; raises Decline that says what differs on which case."""
+def compare(
+    expected: Outcome, actual: Outcome, tolerance: float, where: str, overflows: bool = False
+) -> dict[str, float]:
+    """Relative errors of outputs and gradients; raises Decline that says what differs on which case.
+
+    overflows: elements that are not finite in `expected` are not compared (which of inf and NaN a sum that overflows
+    becomes depends on its order, and the user's own weights may well be memory that nobody has written yet).
+    """
     if len(expected.outputs) != len(actual.outputs):
         raise Decline(
             f"on {where} the block returns {len(expected.outputs)} values, the rewritten one {len(actual.outputs)}"
@@ -182,8 +181,9 @@ def compare(expected: Outcome, actual: Outcome, tolerance: float, where: str) ->
             raise Decline(
                 f"on {where} output {i} is {a.dtype}{list(a.shape)} in the original and {b.dtype}{list(b.shape)} rewritten"
             )
-        forward = max(forward, _checked(a, b, 0.0, tolerance, f"on {where} output {i}"))
-    magnitude = max([_largest(g) for g in expected.gradients.values() if g is not None], default=0.0)
+        forward = max(forward, _checked(a, b, 0.0, tolerance, f"on {where} output {i}", overflows))
+    sizes = [_largest(g) for g in expected.gradients.values() if g is not None]
+    magnitude = max([n for n in sizes if math.isfinite(n)], default=0.0)
     gradient = 0.0
     for name, a in expected.gradients.items():
         b = actual.gradients.get(name)
@@ -192,19 +192,22 @@ def compare(expected: Outcome, actual: Outcome, tolerance: float, where: str) ->
         a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
         b = torch.zeros_like(a) if b is None else b
         allowed = max(tolerance, min(10 * tolerance, 0.25))
-        gradient = max(gradient, _checked(a, b, 1e-3 * magnitude, allowed, f"on {where} the gradient of {name}"))
+        gradient = max(gradient, _checked(a, b, 1e-3 * magnitude, allowed, f"on {where} the gradient of {name}", overflows))
     return {"forward": forward, "gradient": gradient}
 
 
-def _checked(a: Tensor, b: Tensor, floor: float, tolerance: float, what: str) -> float:
-    error = relative_error(a, b, floor)
+def _checked(a: Tensor, b: Tensor, floor: float, tolerance: float, what: str, overflows: bool) -> float:
+    error = relative_error(a, b, floor, overflows)
     if error > tolerance:
         raise Decline(f"{what} differs by {error:.1e} (allowed {tolerance:.0e})")
     return error
 
 
-def relative_error(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
-    """max|a - b| / (max|a| + floor); infinite when non-finite or integer elements differ. a is moved to b piece by piece."""
+def relative_error(a: Tensor, b: Tensor, floor: float = 0.0, overflows: bool = False) -> float:
+    """max|a - b| / (max|a| + floor); infinite when non-finite or integer elements differ. a is moved to b piece by piece.
+
+    overflows: elements that are not finite in a are left out.
+    """
     if not a.is_floating_point():
         return 0.0 if torch.equal(a, b) else float("inf")
     difference = largest = 0.0
@@ -213,9 +216,11 @@ def relative_error(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
         apart, size = _largest(piece_a - piece_b), _largest(piece_a)
         if not math.isfinite(apart + size):
             finite = torch.isfinite(piece_a)
-            if not torch.equal(_marked(piece_a, finite), _marked(piece_b, torch.isfinite(piece_b))):
+            if not overflows and not torch.equal(_marked(piece_a, finite), _marked(piece_b, torch.isfinite(piece_b))):
                 return float("inf")
             apart, size = _largest((piece_a - piece_b)[finite]), _largest(piece_a[finite])
+            if not math.isfinite(apart):
+                return float("inf")
         difference, largest = max(difference, apart), max(largest, size)
     return difference / (largest + floor + 1e-30)
 

@@ -6,7 +6,7 @@ Every element of every tensor carries a *code* that says what it is:
     DATA (-1)            anything not understood; also plain data
     handle << 34 | col   an element of the thing the handle names:
         leaf p           element `col` of parameter p
-        dot (p, s, row)  sum_i row[i] * p.flatten()[col + i*s]: a row contracted with one column of a parameter
+        dot (p, n, s, cast, row)  sum_i row[i] * p.flatten()[col + i*s]: a row contracted with one column of a parameter
         val row          feature `col` of a template value
 
 Codes live on storages, so views need no rule at all. An operator that only moves elements is run again on the codes, so
@@ -64,7 +64,8 @@ class Row(NamedTuple):
 class Node:
     """One template value. Holes are filled left to right by a binding.
 
-    kind "x": the token row. "linear": child 0 times a hole (I, O) with strides. "vector": a hole (n,) with a stride.
+    kind "x": the token row. "linear": child 0 times a hole (I, O) with strides, cast to a dtype if that is not None.
+    "vector": a hole (n,) with a stride.
     "op": aten operator `name` on the children. "columns": features start, start+step, ... of child 0.
     "item": member of a tuple-valued op. "gate": child 0 times the routing weight.
     children: (template value, positions of its holes in this value's binding).
@@ -139,6 +140,7 @@ class Lifter(TorchDispatchMode):
         self._random: set[int] = set()  # storages of random numbers
         self._alive: list[Tensor] = []
         self._token_of: dict[int, int] = {}
+        self.token_dtypes: set[torch.dtype] = set()  # in which tokens were read
         if self.experts is not None:
             self._tainted |= {self.tensors[i].untyped_storage()._cdata for i in self.experts}
 
@@ -173,6 +175,7 @@ class Lifter(TorchDispatchMode):
         hashes = hash_rows(rows)
         unique, inverse = torch.unique(hashes, return_inverse=True)
         ids = [self._token_of.setdefault(h, len(self._token_of) + 1) for h in unique.tolist()]
+        self.token_dtypes.add(rows.dtype)
         numbers = torch.tensor(ids)[inverse] if ids else torch.zeros(0, dtype=torch.int64)
         return torch.where((rows == 0).all(-1), 0, numbers)
 
@@ -379,10 +382,10 @@ class Lifter(TorchDispatchMode):
         if key[0] == "leaf":
             return self.row(Row(self.node(Node("vector", width, args=(step,))), ((key[1], col),), None, None))
         if key[0] == "dot":
-            _, param, contracted, stride, source = key
+            _, param, contracted, stride, cast, source = key
             row = self.rows[source]
             holes = tuple(range(len(row.binding)))
-            node = Node("linear", width, ((row.tv, holes),), args=(contracted, stride, step))
+            node = Node("linear", width, ((row.tv, holes),), args=(contracted, stride, step, cast))
             return self.row(Row(self.node(node), (*row.binding, (param, col)), row.token, row.gate))
         row = self.rows[key[1]]
         full = self.nodes[row.tv].width
@@ -445,9 +448,9 @@ class Lifter(TorchDispatchMode):
             left, right = left.unsqueeze(0), right.unsqueeze(0)
         codes = None
         if (columns := self._columns(right)) is not None:
-            codes = self._dots(left, *columns)
+            codes = self._dots(left, *columns, right.dtype)
         elif (columns := self._columns(left.transpose(1, 2))) is not None:
-            codes = self._dots(right.transpose(1, 2), *columns)
+            codes = self._dots(right.transpose(1, 2), *columns, left.dtype)
             codes = None if codes is None else codes.transpose(1, 2)
         if codes is None:
             return None
@@ -511,8 +514,10 @@ class Lifter(TorchDispatchMode):
     def _is_vector(self, row: int) -> bool:
         return self.nodes[self.rows[row].tv].kind == "vector"
 
-    def _dots(self, x: Tensor, params: Tensor, offsets: Tensor, stride: int) -> Tensor | None:
-        """Codes [B, N, J] of x [B, N, I] @ columns."""
+    def _dots(
+        self, x: Tensor, params: Tensor, offsets: Tensor, stride: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Codes [B, N, J] of x [B, N, I] @ columns, which were read as `dtype`."""
         rows = self._source_rows(x)
         if rows is None:
             return None
@@ -520,7 +525,9 @@ class Lifter(TorchDispatchMode):
         out = torch.zeros(x.shape[0], x.shape[1], offsets.shape[1], dtype=torch.int64)
         for param in torch.unique(params).tolist():
             unique, inverse = torch.unique(rows, return_inverse=True)
-            keys = [self.handle(("dot", param, contracted, stride, r)) if r > 0 else 0 for r in unique.tolist()]
+            own = self.tensors[param].dtype
+            cast = None if own is dtype else dtype
+            keys = [self.handle(("dot", param, contracted, stride, cast, r)) if r > 0 else 0 for r in unique.tolist()]
             handles = torch.tensor(keys, dtype=torch.int64)[inverse] if len(unique) else rows
             codes = (handles << COL_BITS)[..., None] + offsets[:, None, :]
             codes = torch.where(rows[..., None] > 0, codes, ZERO)
@@ -548,7 +555,7 @@ class Lifter(TorchDispatchMode):
                 )
                 if columns is None or not close:
                     return None
-                dots = self._dots(x[start:end].unsqueeze(0), *columns)
+                dots = self._dots(x[start:end].unsqueeze(0), *columns, w.dtype)
                 if dots is None:
                     return None
                 codes[start:end] = dots[0]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from moefx.errors import Decline
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template
 from moefx.routing import Hypothesis, Routing, dense_gates, slots
-from moefx.trace import Trace, Value, values_in
+from moefx.trace import Trace, Value, precision, values_in
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ MAX_SUMS = 12  # candidate combined outputs that are explained per token base
 MAX_LABEL = 1 << 14  # larger integers are not expert ids
 MAX_SLOTS = 64  # routing slots K considered per token
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# how exact solved gates are, relative to the largest, where the experts compute in 16 bits on purpose; else 1e-5
+NOISE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 # ------------------------------------------------------------------------------------------------ 1. experts
@@ -208,7 +210,7 @@ class Evaluator:
             if node.kind == "x":
                 return x
             if node.kind == "linear":
-                contracted, stride, step = node.args
+                contracted, stride, step, _ = node.args
                 hole = self.hole(binding[-1], (contracted, node.width), (stride, step))
                 return children[0] @ hole.to(children[0].dtype)
             if node.kind == "vector":
@@ -246,18 +248,20 @@ def _gates(lifter: Lifter, tv: int) -> list[Node]:
 # ------------------------------------------------------------------------------------------------ 2. tokens
 
 
-def token_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[Value]:
-    """Recorded tensors that hold every row fed to the experts: the earliest of each number of rows, fewest first."""
+def token_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[tuple[Value, torch.dtype]]:
+    """Recorded tensors that hold every row fed to the experts, and in which dtype the experts read it (their own, unless
+    the block casts on the way): the earliest of each number of rows, fewest first."""
     width = _token_width(lifter, bank.tv)
     hashes = lifter.token_hashes()
     tokens = {lifter.rows[r].token for rows in lifter.uses[bank.tv].values() for r in rows} - {None, 0}
     wanted = torch.tensor([hashes[t] for t in tokens if t is not None])
-    found: dict[int, Value] = {}
+    found: dict[int, tuple[Value, torch.dtype]] = {}
     for value in trace.values:
         if _is_rows(value, width) and not value.tainted and value.origin in ("input", "call"):
             rows = value.tensor.reshape(-1, width)
-            if rows.shape[0] not in found and bool(torch.isin(wanted, hash_rows(rows)).all()):
-                found[rows.shape[0]] = value
+            for dtype in sorted({rows.dtype} | lifter.token_dtypes, key=lambda d: d is not rows.dtype):
+                if rows.shape[0] not in found and bool(torch.isin(wanted, hash_rows(rows.to(dtype))).all()):
+                    found[rows.shape[0]] = value, dtype
     return [found[n] for n in sorted(found)]
 
 
@@ -331,12 +335,54 @@ def _token_width(lifter: Lifter, tv: int) -> int:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """Solved gates: `matrix` [T, E], the `identity` part [T] or None; both exact to `noise` times the largest gate."""
+
+    matrix: Tensor
+    identity: Tensor | None
+    noise: float = 1e-5
+
+    @property
+    def largest(self) -> float:
+        return float(self.matrix.abs().max()) if self.matrix.numel() else 0.0
+
+    @property
+    def support(self) -> Tensor:
+        """Which gates are not zero [T, E]."""
+        return self.matrix.abs() > self.noise * self.largest
+
+    def of(self, experts: list[int]) -> Gates:
+        """The columns of these experts."""
+        return replace(self, matrix=self.matrix[:, experts])
+
+    def equal(self, made: Tensor, solved: Tensor) -> bool:
+        """Whether gates that a routing makes are those that were solved."""
+        return torch.allclose(made, solved, rtol=10 * self.noise, atol=self.noise * self.largest)
+
+    def scale_of(self, made: Tensor, passed: Tensor) -> float | None:
+        """The scale c with c * made == matrix (1 if possible) and c * passed == identity, or None."""
+        scale = 1.0
+        if not self.equal(made, self.matrix):
+            if float(made.abs().max()) == 0:
+                return None
+            scale = float((made * self.matrix).sum() / (made * made).sum())
+            if not math.isfinite(scale) or scale == 0 or not self.equal(scale * made, self.matrix):
+                return None
+            close = 1e-7 if self.noise < 1e-4 else self.noise
+            digits = 6 if self.noise < 1e-4 else 2
+            rounded = float(f"{scale:.{digits}g}")
+            scale = rounded if math.isclose(scale, rounded, rel_tol=close) else scale
+        if self.identity is not None and not self.equal(scale * passed, self.identity):
+            return None
+        return scale
+
+
+@dataclass(frozen=True)
 class Solution:
-    """combined = sum_e gates[:, e] * f_e(x) + identity * x, up to `residual` (relative)."""
+    """combined = sum_e gates.matrix[:, e] * f_e(x) + gates.identity * x, up to `residual` (relative)."""
 
     combined: Value
-    gates: Tensor
-    identity: Tensor | None
+    gates: Gates
     residual: float
 
 
@@ -347,8 +393,10 @@ class GateSystem:
     equations a token do not determine E gates, the same routing with other parameters gives more.
     """
 
-    def __init__(self, draws: list[tuple[Tensor, Callable[[Value], Tensor | None]]], x: Tensor, identity: bool) -> None:
-        self.draws, self.identity, self.experts = draws, identity, draws[0][0].shape[1]
+    def __init__(
+        self, draws: list[tuple[Tensor, Callable[[Value], Tensor | None]]], x: Tensor, identity: bool, noise: float = 1e-5
+    ) -> None:
+        self.draws, self.identity, self.experts, self.noise = draws, identity, draws[0][0].shape[1], noise
         blocks = [torch.cat([f, x[:, None].to(f.dtype)], 1) if identity else f for f, _ in draws]
         self.system = torch.cat(blocks, 2).double()  # [T, unknowns, equations]
         normal = self.system @ self.system.transpose(1, 2)
@@ -382,9 +430,10 @@ class GateSystem:
         gates = gates + torch.linalg.lu_solve(self.factors, self.pivots, right - self.normal @ gates)  # one refinement
         gates = (gates * self.scale[..., None]).squeeze(-1)
         residual = float(((gates[:, None] @ self.system).squeeze(1) - target).norm() / norm)
-        if not residual <= TOLERANCE.get(value.tensor.dtype, 1e-6):
+        if not residual <= max(TOLERANCE.get(value.tensor.dtype, 1e-6), 2 * self.noise if self.noise > 1e-4 else 0.0):
             return None
-        return Solution(value, gates[:, : self.experts], gates[:, self.experts] if self.identity else None, residual)
+        passed = gates[:, self.experts] if self.identity else None
+        return Solution(value, Gates(gates[:, : self.experts], passed, self.noise), residual)
 
 
 def solve_gates(
@@ -399,7 +448,7 @@ def solve_gates(
         few = full.first(24)
         passed = [s for v in rows if (s := few.solve(v)) is not None]
         latest = {s.combined.object: s.combined.index for s in passed}  # a tensor that was filled step by step
-        filled = {s.combined: int((s.gates.abs() > _zero(s.gates)).sum()) for s in passed}
+        filled = {s.combined: int(s.gates.support.sum()) for s in passed}
         passed.sort(
             key=lambda s: (-filled[s.combined], s.combined.index != latest[s.combined.object], s.combined.index)
         )
@@ -409,16 +458,11 @@ def solve_gates(
                 yield solution
 
 
-def _zero(gates: Tensor) -> float:
-    """Below this a gate is zero."""
-    return 1e-5 * float(gates.abs().max()) if gates.numel() else 0.0
-
-
 # ------------------------------------------------------------------------------------------------ 4. routing
 
 
-def explanations(trace: Trace, gates: Tensor, identity: Tensor | None, bank: Bank, before: int) -> list[Routing]:
-    """Router values that reproduce G [T, E] (and the identity part): the outermost first, then the simplest.
+def explanations(trace: Trace, gates: Gates, bank: Bank, before: int) -> list[Routing]:
+    """Router values that reproduce the gates: the outermost first, then the simplest.
 
     before: only Values recorded earlier than this one may explain it.
     """
@@ -427,14 +471,14 @@ def explanations(trace: Trace, gates: Tensor, identity: Tensor | None, bank: Ban
     def deepest(routing: Routing) -> int:
         return max(depth.get(v, 0) for v in routing.values)
 
-    return sorted(_explanations(trace, depth, gates, identity, bank, before), key=deepest)
+    return sorted(_explanations(trace, depth, gates, bank, before), key=deepest)
 
 
 def _explanations(
-    trace: Trace, depth: dict[Value, int], gates: Tensor, identity: Tensor | None, bank: Bank, before: int
+    trace: Trace, depth: dict[Value, int], gates: Gates, bank: Bank, before: int
 ) -> Iterator[Routing]:
-    tokens = gates.shape[0]
-    if tokens == 0 or not bool(gates.abs().max() > 0):
+    tokens = gates.matrix.shape[0]
+    if gates.largest == 0:
         return
     router = [
         v
@@ -448,7 +492,7 @@ def _explanations(
         for v in router
         if not v.tensor.is_floating_point() and not v.tensor.is_complex() and v.tensor.dtype != torch.bool
     ]
-    support = gates.abs() > _zero(gates)
+    support = gates.support
     for ids in integers:
         if ids.tensor.numel() % tokens or not 1 <= ids.tensor.numel() // tokens <= MAX_SLOTS:
             continue
@@ -457,19 +501,17 @@ def _explanations(
             if transposed != (ids.shape[0] == k and ids.shape[-1] != k) and k > 1:
                 continue
             labels = slots(ids.tensor, k, transposed).long()
-            if int(labels.max()) > MAX_LABEL or int(labels.min()) < 0 and identity is not None:
+            if int(labels.max()) > MAX_LABEL or int(labels.min()) < 0 and gates.identity is not None:
                 continue
             order = _label_order(labels, support, bank)
             if order is None:
                 continue
             masks = [v for v in router if v.tensor.dtype == torch.bool and v.tensor.numel() == ids.tensor.numel()]
-            yield from _weights_for(labels, order, gates, identity, ids, k, transposed, floats, masks)
+            yield from _weights_for(labels, order, gates, ids, k, transposed, floats, masks)
     masks = [v for v in router if not v.tensor.is_floating_point()]
-    yield from _dense(
-        gates, identity, support, bank, [*floats, *(v for v in masks if v.tensor.dtype == torch.bool)], [None]
-    )
-    yield from _dense(gates, identity, support, bank, masks, [w for w in floats if w.tensor.numel() == tokens])
-    yield from _expert_choice(gates, identity, integers, floats, bank)
+    yield from _dense(gates, bank, [*floats, *(v for v in masks if v.tensor.dtype == torch.bool)], [None])
+    yield from _dense(gates, bank, masks, [w for w in floats if w.tensor.numel() == tokens])
+    yield from _expert_choice(gates, integers, floats, bank)
 
 
 def _label_order(labels: Tensor, support: Tensor, bank: Bank) -> tuple[int, ...] | None:
@@ -507,11 +549,11 @@ def gate_matrix(labels: Tensor, weights: Tensor, order: tuple[int, ...], experts
 
 
 def _weights_for(
-    labels: Tensor, order: tuple[int, ...], gates: Tensor, identity: Tensor | None, ids: Value, k: int, transposed: bool,
+    labels: Tensor, order: tuple[int, ...], gates: Gates, ids: Value, k: int, transposed: bool,
     floats: list[Value], masks: list[Value],
 ) -> Iterator[Routing]:  # fmt: skip
     """Weights per slot, weights gathered from dense scores, or weight 1; of all slots, or of those that a mask keeps."""
-    tokens, experts = gates.shape
+    tokens, experts = gates.matrix.shape
     kept = None if order == tuple(range(experts)) else order
     base = Routing("slots", k, ids, None, ids_transposed=transposed, order=kept)
     weights: list[tuple[Routing, Tensor]] = []
@@ -527,37 +569,16 @@ def _weights_for(
         mask = torch.ones_like(labels, dtype=torch.bool) if keep is None else slots(keep.tensor, k, transposed)
         for routing, taken in weights:
             made = gate_matrix(labels, torch.where(mask, taken.double(), 0.0), order, experts)
-            if (scale := _agrees(*made, gates, identity)) is not None:
+            if (scale := gates.scale_of(*made)) is not None:
                 yield replace(routing, scale=scale, keep=keep)
 
 
-def _agrees(made: Tensor, passed: Tensor, gates: Tensor, identity: Tensor | None) -> float | None:
-    """The scale c with c * made == gates (1 if possible), or None."""
-    largest = float(gates.abs().max())
-    scale = 1.0
-    if not torch.allclose(made, gates, rtol=1e-4, atol=1e-5 * largest):
-        if float(made.abs().max()) == 0:
-            return None
-        scale = float((made * gates).sum() / (made * made).sum())
-        if not math.isfinite(scale) or scale == 0 or not torch.allclose(scale * made, gates, rtol=1e-4, atol=1e-5 * largest):
-            return None
-        scale = float(f"{scale:.6g}") if math.isclose(scale, float(f"{scale:.6g}"), rel_tol=1e-7) else scale
-    if identity is not None and not torch.allclose(scale * passed, identity, rtol=1e-4, atol=1e-5 * largest):
-        return None
-    return scale
-
-
 def _dense(
-    gates: Tensor,
-    identity: Tensor | None,
-    support: Tensor,
-    bank: Bank,
-    candidates: list[Value],
-    factors: Sequence[Value | None],
+    gates: Gates, bank: Bank, candidates: list[Value], factors: Sequence[Value | None]
 ) -> Iterator[Routing]:
     """G is a recorded [T, E] tensor, or a mask [T, E] times one recorded weight per token."""
-    tokens, experts = gates.shape
-    if identity is not None or float(support.float().mean()) > 0.95:
+    (tokens, experts), support = gates.matrix.shape, gates.support
+    if gates.identity is not None or float(support.float().mean()) > 0.95:
         return
     for mask in candidates:
         if mask.tensor.numel() % (tokens * experts):
@@ -570,7 +591,7 @@ def _dense(
                 order = _column_order(made, gates, bank)
                 if order is None:
                     continue
-                scale = _agrees(made[:, list(order)], torch.zeros(tokens), gates, None)
+                scale = gates.scale_of(made[:, list(order)], torch.zeros(tokens))
                 if scale is not None:
                     kept = None if order == tuple(range(made.shape[1])) else order
                     most = int(support.sum(1).max())
@@ -581,16 +602,14 @@ def _dense(
                         yield Routing("masked", most, mask, factor, scale, axis=from_end, order=kept)
 
 
-def _column_order(made: Tensor, gates: Tensor, bank: Bank) -> tuple[int, ...] | None:
+def _column_order(made: Tensor, gates: Gates, bank: Bank) -> tuple[int, ...] | None:
     """For each expert the column of `made` that is its gate."""
-    experts = gates.shape[1]
-    if bank.stacked or made.shape[1] == experts and _agrees(made, torch.zeros(len(made)), gates, None) is not None:
+    experts = gates.matrix.shape[1]
+    if bank.stacked or made.shape[1] == experts and gates.scale_of(made, torch.zeros(len(made))) is not None:
         return tuple(range(experts))
     order = []
     for e in range(experts):
-        matches = [
-            c for c in range(made.shape[1]) if torch.allclose(made[:, c], gates[:, e], rtol=1e-4, atol=_zero(gates))
-        ]
+        matches = [c for c in range(made.shape[1]) if gates.equal(made[:, c], gates.matrix[:, e])]
         if not matches:
             return None
         order.append(matches[0])
@@ -598,12 +617,12 @@ def _column_order(made: Tensor, gates: Tensor, bank: Bank) -> tuple[int, ...] | 
 
 
 def _expert_choice(
-    gates: Tensor, identity: Tensor | None, integers: list[Value], floats: list[Value], bank: Bank
+    gates: Gates, integers: list[Value], floats: list[Value], bank: Bank
 ) -> Iterator[Routing]:
-    tokens, experts = gates.shape
+    tokens, experts = gates.matrix.shape
     for ids in integers:
         t = ids.tensor
-        if identity is not None or t.dim() < 2 or t.numel() % experts or int(t.max()) >= tokens or int(t.min()) < 0:
+        if gates.identity is not None or t.dim() < 2 or t.numel() % experts or int(t.max()) >= tokens or int(t.min()) < 0:
             continue
         for axis in (0, t.dim() - 1):
             if t.shape[axis] != experts:
@@ -616,7 +635,7 @@ def _expert_choice(
                     continue
                 weights = torch.ones(chosen.shape) if w is None else w.tensor.movedim(axis, 0).reshape(experts, -1)
                 made = torch.zeros(experts, tokens, dtype=torch.float64).scatter_add_(1, chosen, weights.double()).t()
-                if (scale := _agrees(made, torch.zeros(tokens), gates, None)) is not None:
+                if (scale := gates.scale_of(made, torch.zeros(tokens))) is not None:
                     yield Routing("choice", chosen.shape[1], ids, w, scale, axis=axis)
 
 
@@ -635,19 +654,24 @@ def _visible_depth(trace: Trace) -> dict[Value, int]:
 # ------------------------------------------------------------------------------------------------ the template, written down
 
 
-def write_template(lifter: Lifter, bank: Bank) -> tuple[Template, tuple[Leaf, ...]]:
-    """The template value as a program, and its holes as leaves for all experts."""
+def write_template(
+    lifter: Lifter, bank: Bank, read_as: torch.dtype | None = None
+) -> tuple[Template, tuple[Leaf, ...]]:
+    """The template value as a program, and its holes as leaves for all experts. read_as: the dtype that tokens are cast to."""
     instrs: list[Instr] = []
     leaves: list[Leaf] = []
     written: dict[Any, Ref] = {}
     leaf_of: dict[Any, int] = {}
 
-    def leaf(position: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> LeafRef:
-        key = (position, shape, strides)
+    def leaf(
+        position: int, shape: tuple[int, ...], strides: tuple[int, ...], cast: torch.dtype | None = None
+    ) -> LeafRef:
+        key = (position, shape, strides, cast)
         if key not in leaf_of:
             leaf_of[key] = len(leaves)
             pieces = [b[position] for b in bank.bindings]
-            leaves.append(Leaf(shape, strides, tuple(lifter.names[p] for p, _ in pieces), tuple(o for _, o in pieces)))
+            names, offsets = tuple(lifter.names[p] for p, _ in pieces), tuple(o for _, o in pieces)
+            leaves.append(Leaf(shape, strides, names, offsets, cast))
         return LeafRef(leaf_of[key])
 
     def emit(instr: Instr) -> Ref:
@@ -666,9 +690,11 @@ def write_template(lifter: Lifter, bank: Bank) -> tuple[Template, tuple[Leaf, ..
             ref = children[0]
         elif node.kind == "x":
             ref = emit(Instr("x", width=node.width))
+            if read_as is not None:
+                ref = emit(Instr("op", "aten._to_copy.default", (ref,), (("dtype", read_as),), node.width))
         elif node.kind == "linear":
-            contracted, stride, step = node.args
-            hole = leaf(holes[-1], (contracted, node.width), (stride, step))
+            contracted, stride, step, cast = node.args
+            hole = leaf(holes[-1], (contracted, node.width), (stride, step), cast)
             ref = emit(Instr("linear", args=(children[0], hole), width=node.width))
         elif node.kind == "columns":
             start, step = node.args
@@ -715,20 +741,24 @@ def _layout(leaves: tuple[Leaf, ...]) -> str:
 
 def hypotheses(
     trace: Trace, lifter: Lifter, redraw: Callable[[int], Trace | None], near: list[str]
-) -> Iterator[Hypothesis]:
+) -> Generator[Hypothesis, None, str]:
     """Everything the routed part may be, likeliest first. `near` collects why candidates failed.
 
+    Returns the name of a parameter whose expert ran without a gate in this run, or "": it may be a shared expert of the
+    same kind, and was taken for one, or it had no luck.
     redraw(seed): the trace of the same run with other expert parameters, for blocks with more experts than outputs.
     """
     evaluate = Evaluator(lifter)
+    ungated = ""
     for bank in banks(lifter)[:6]:
         what = f"{bank.experts} experts of {_depth(lifter, bank.tv)} products"
         template, leaves = write_template(lifter, bank)
         if not any(len(leaf.shape) == 2 and not leaf.shared for leaf in leaves):
             near.append(f"{what}: the varying parameters are not matrices")
             continue
-        yield from _output_side(trace, lifter, evaluate, bank, template, leaves, redraw, near, what)
+        ungated = (yield from _output_side(trace, lifter, evaluate, bank, template, leaves, redraw, near, what)) or ungated
         yield from _input_side(trace, lifter, evaluate, bank, template, leaves, near, what)
+    return ungated
 
 
 def _region(
@@ -746,35 +776,39 @@ def _region(
 def _output_side(
     trace: Trace, lifter: Lifter, evaluate: Evaluator, bank: Bank, template: Template, leaves: tuple[Leaf, ...],
     redraw: Callable[[int], Trace | None], near: list[str], what: str,
-) -> Iterator[Hypothesis]:  # fmt: skip
-    """Weights on f's result (or inside f, where f is linear in them)."""
+) -> Generator[Hypothesis, None, str]:  # fmt: skip
+    """Weights on f's result (or inside f, where f is linear in them). Returns as `hypotheses`."""
+    ungated = ""
     width = lifter.nodes[bank.tv].width
     bases = token_bases(trace, lifter, bank)
     if not bases:
         near.append(f"{what}: no recorded tensor holds all rows that the experts read")
-    for base in bases:
-        x = base.tensor.reshape(-1, base.shape[-1])
+    for base, dtype in bases:
+        x = base.tensor.reshape(-1, base.shape[-1]).to(dtype)
+        read_as = None if dtype is base.tensor.dtype else dtype
+        if read_as is not None:
+            template, leaves = write_template(lifter, bank, read_as)
         if _gates(lifter, bank.tv) and not _linear_in_weight(evaluate, bank, x):
             near.append(f"{what}: the routing weight enters before a non-linear step")
-            return
+            return ungated
         system = _gate_systems(trace, evaluate, bank, x, width, redraw)
         found = False
         for solution in solve_gates(trace, system, x.shape[0], width, x.shape[1]):
             found = True
-            support = solution.gates.abs() > _zero(solution.gates)
+            gates, support = solution.gates, solution.gates.support
             chosen, text, theta = bank, template, leaves
             if not bank.stacked and int(support.any(0).sum()) >= 2 and not bool(support.any(0).all()):
                 used = torch.nonzero(support.any(0)).flatten().tolist()  # without the shared expert of the same kind
+                ungated = lifter.names[bank.bindings[int((~support.any(0)).nonzero()[0])][0][0]]
                 chosen = Bank(bank.tv, tuple(bank.bindings[e] for e in used), False)
-                text, theta = write_template(lifter, chosen)
-                solution = replace(solution, gates=solution.gates[:, used])
-                support = support[:, used]
+                text, theta = write_template(lifter, chosen, read_as)
+                gates, support = gates.of(used), support[:, used]
             explained = False
-            for routing in explanations(trace, solution.gates, solution.identity, chosen, solution.combined.index):
+            for routing in explanations(trace, gates, chosen, solution.combined.index):
                 if routing.kind in ("slots", "gather") and routing.top_k >= chosen.experts and bool(support.all()):
                     continue
                 explained = True
-                region = _region(lifter, chosen, text, theta, routing, identity=solution.identity is not None)
+                region = _region(lifter, chosen, text, theta, routing, identity=gates.identity is not None)
                 yield Hypothesis(trace, region, base, routing, solution.combined, solution.residual)
             if not explained:
                 dense = float(support.float().mean()) > 0.95
@@ -785,6 +819,7 @@ def _output_side(
                 )  # fmt: skip
         if not found:
             near.append(f"{what}: no tensor of {x.shape[0]} rows is a weighted sum of expert outputs")
+    return ungated
 
 
 def _gate_systems(
@@ -809,7 +844,8 @@ def _gate_systems(
             if again is not None and len(again.values) == len(trace.values):
                 draws.append((outputs(), reader(again)))
         redraw(0)  # the first parameters again
-    return lambda identity: GateSystem(draws, x, identity)
+    lowest = precision([v.tensor for v in trace.values if v.tainted])
+    return lambda identity: GateSystem(draws, x, identity, NOISE.get(lowest, 1e-5))
 
 
 def _linear_in_weight(evaluate: Evaluator, bank: Bank, x: Tensor) -> bool:
@@ -845,7 +881,7 @@ def _input_side(
                 residual = float((y - total).norm() / total.norm().clamp_min(1e-300))
                 if residual > TOLERANCE.get(value.tensor.dtype, 1e-6):
                     continue
-                for routing in explanations(trace, gates, None, bank, value.index):
+                for routing in explanations(trace, Gates(gates, None), bank, value.index):
                     region = _region(lifter, bank, template, leaves, routing, weight_position="input")
                     yield Hypothesis(trace, region, base, routing, value, residual)
     near.append(f"{what}: nor are weights found on the input side")

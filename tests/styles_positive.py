@@ -2328,3 +2328,57 @@ class HalfFrozen(ListMoe):
         self.router.requires_grad_(False)
         for expert in self.experts[::2]:
             expert.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------- casts on purpose, rare experts
+
+
+@positive("every expert runs on every token, top-1 of them counts: in a small batch some expert may have no token")
+class DenseSwitch(ListMoe):
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        tokens = x.reshape(-1, D)
+        scores = self.router(tokens).softmax(-1)
+        mask = torch.zeros_like(scores).scatter_(1, scores.topk(1, dim=-1).indices, 1)
+        share = scores * mask / (1.0 + (scores * mask).sum(0, keepdim=True))
+        capacity = int(self.factor * tokens.shape[0])
+        outputs = torch.stack([expert(tokens) for expert in self.experts], -1)
+        return ((share * capacity).unsqueeze(-2) * outputs).sum(-1).view_as(x), None
+
+
+@positive("one-hot masks cast to float32: the block runs in float32 only", dtype=torch.float32)
+class FloatMasks(StackMoe):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, D)
+        weights, chosen = softmax_top_k(self.router(tokens), K)
+        combine = torch.einsum("tk,tke->te", weights, F.one_hot(chosen, E).float())
+        dispatched = torch.einsum("td,te->etd", tokens, (combine > 0).float())
+        hidden = F.relu(torch.bmm(dispatched, self.w1))
+        return torch.einsum("etd,te->td", torch.bmm(hidden, self.w2), combine).view_as(x)
+
+
+@positive("experts cast to bfloat16, whatever the model's dtype", dtype=torch.float32)
+class HalfPrecisionExperts(StackMoe):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, D)
+        weights, chosen = softmax_top_k(self.router(tokens), K)
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=E).tolist()
+        rows = tokens[order // K].bfloat16()
+        parts = [
+            F.gelu(part @ self.w1[e].bfloat16()) @ self.w2[e].bfloat16() for e, part in enumerate(rows.split(counts))
+        ]
+        routed = (torch.cat(parts).float() * weights.flatten()[order, None]).to(x.dtype)
+        return torch.zeros_like(tokens).index_add(0, order // K, routed).view_as(x)
+
+
+@positive("another number of tokens per expert where T is odd")
+class ParityChoice(StackMoe):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, D)
+        count = tokens.shape[0]
+        taken = count // 2 if count % 2 == 0 else count
+        gates, chosen = self.router(tokens).softmax(-1).t().topk(taken, -1)  # [E, C]
+        out = torch.bmm(F.gelu(torch.bmm(tokens[chosen], self.w1)), self.w2) * gates.unsqueeze(-1)
+        return torch.zeros_like(tokens).index_add(0, chosen.flatten(), out.reshape(-1, D)).view_as(x)

@@ -171,8 +171,8 @@ def test_sparse_gates_are_recovered(shape, seed, identity):
     gates, system, passed = gate_system(tokens, experts, max(width, experts + 3), 1, seed, identity)
     solution = system.solve(ANY)
     assert solution is not None and solution.residual < 1e-8
-    torch.testing.assert_close(solution.gates, gates, rtol=1e-6, atol=1e-6)
-    assert solution.identity is None if not identity else torch.allclose(solution.identity, passed, atol=1e-6)
+    torch.testing.assert_close(solution.gates.matrix, gates, rtol=1e-6, atol=1e-6)
+    assert solution.gates.identity is None if not identity else torch.allclose(solution.gates.identity, passed, atol=1e-6)
 
 
 @given(st.integers(2, 9), st.integers(4, 12), st.integers(0, 2**20))
@@ -181,7 +181,7 @@ def test_more_experts_than_outputs_need_two_draws(tokens, experts, seed):
     gates, system, _ = gate_system(tokens, experts, width, 2, seed, False)
     solution = system.solve(ANY)
     assert solution is not None and solution.residual < 1e-8
-    torch.testing.assert_close(solution.gates, gates, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(solution.gates.matrix, gates, rtol=1e-6, atol=1e-6)
 
 
 @given(sizes, st.integers(0, 2**20))
@@ -199,7 +199,7 @@ def test_the_first_tokens_alone():
     gates, system, _ = gate_system(9, 4, 12, 1, 0, False)
     solution = system.first(3).solve(ANY)
     assert solution is not None
-    torch.testing.assert_close(solution.gates, gates[:3])
+    torch.testing.assert_close(solution.gates.matrix, gates[:3])
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan")])

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from moefx.errors import Decline
 from moefx.probe import Example, probe_copy
+from moefx.trace import precision
 from moefx.verify import (
     TOLERANCE,
     Case,
     Outcome,
     adversarial_cases,
     compare,
-    precision,
     relative_error,
     run_once,
     verify,
