@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from moefx.codegen.triton_launch import (
     check_dtypes,
+    described,
     expert_tile,
     float32_precision,
     interpreted,
@@ -61,9 +62,9 @@ def choose_tile(
         if rows < 128:
             tile = Tile(rows, 128, 64, 4, 4)
         elif columns >= 256:
-            tile = Tile(128, 256, 64, 8, 3)
+            tile = Tile(128, 256, 64, 8, 4)
         else:
-            tile = Tile(128, 128, 64, 8, 3)
+            tile = Tile(128, 128, 64, 8, 4)
     elif precision == "tf32":
         tile = Tile(rows, 128, 32, 4 if rows < 128 else 8, 3)
     else:
@@ -161,6 +162,59 @@ def grouped_linear_kernel(
         tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n_out))
 
 
+@triton.jit(do_not_specialize=["tiles_m"])
+def block_linear_kernel(
+    rows, weight, offsets, out, n_in, n_out, experts, tiles_m, tiles_n,
+    INNER_LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`grouped_linear_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I] and of weight
+    [E, O, I] if INNER_LAST, else [E, I, O]. A tile's rows past the expert's end are other experts': read, never stored."""
+    tile, tile_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    expert, row0, end = expert_tile(offsets, tile, experts, BLOCK_E, BM)
+    if row0 < end:
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        for i0 in range(0, n_in, BK):
+            left = rows.load([row0, i0])
+            if INNER_LAST:
+                right = weight.load([expert, tile_n * BN, i0]).reshape(BN, BK).T
+            else:
+                right = weight.load([expert, i0, tile_n * BN]).reshape(BK, BN)
+            total = tl.dot(left, right, total)
+        row = row0 + tl.arange(0, BM)
+        column = tile_n * BN + tl.arange(0, BN)[None, :]
+        target = out + row.to(tl.int64)[:, None] * n_out + column
+        tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n_out))
+
+
+def _launch_block_linear(rows: Tensor, weight: Tensor, offsets: Tensor, out: Tensor) -> bool:
+    """The product by `block_linear_kernel`; False where it does not apply."""
+    experts, inner, columns = weight.shape
+    if -(-rows.shape[0] // experts) <= 64 or columns < 128:
+        return False
+    tile = Tile(128, 256 if columns >= 256 else 128, 64, 8, 4)
+    inner_last = weight.stride(1) == 1
+    block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
+    a = described(rows, (tile.rows, tile.inner))
+    b = described(weight.transpose(1, 2) if inner_last else weight, block)
+    if a is None or b is None or tile.shared_bytes(2) > _shared_bytes(rows.device):
+        return False
+    tiles_m, tiles_n = row_tiles(rows.shape[0], experts, tile.rows), triton.cdiv(columns, tile.columns)
+    with on_device(rows):
+        launch(
+            block_linear_kernel, (tiles_m * tiles_n,),
+            a, b, offsets, out, inner, columns, experts, tiles_m, tiles_n, INNER_LAST=inner_last,
+            GROUP=_group(weight), BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return True
+
+
+def _group(weight: Tensor) -> int:
+    """Row tiles that walk over the columns together: one where an expert's matrix fits the L2 cache beside the rows."""
+    return 1 if weight[0].numel() * weight.element_size() <= 1 << 22 else GROUP
+
+
 def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor, op: str) -> Tensor:
     check_dtypes(op, {"rows": rows, "weight": weight}, same=True)
     experts, inner, columns = weight.shape
@@ -172,7 +226,7 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     rows = unit_columns(rows)
     total = rows.shape[0] if order is None else order.numel()
     out = rows.new_empty(total, columns)
-    if out.numel():
+    if out.numel() and not (order is None and _launch_block_linear(rows, weight, offsets, out)):
         tile = tile_for(rows, total, experts, columns)
         tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(columns, tile.columns)
         with on_device(rows):
@@ -235,6 +289,60 @@ def grouped_wgrad_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def block_wgrad_kernel(
+    rows, grad, offsets, out, n_in, n_out, stride_e, stride_i, stride_o, tiles_i, tiles_o,
+    ADD: tl.constexpr, GROUP: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """`grouped_wgrad_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I] and grad [R, O].
+
+    The last step of an expert reads rows of others as well, and masks both operands: what lies there may not be finite.
+    """
+    expert = tl.program_id(0) // (tiles_i * tiles_o)
+    tile_i, tile_o = swizzle(tl.program_id(0) % (tiles_i * tiles_o), tiles_i, tiles_o, GROUP)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    whole = start + (end - start) // BR * BR
+    total = tl.zeros((BI, BO), dtype=tl.float32)
+    for r0 in range(start, whole, BR):
+        left = rows.load([r0, tile_i * BI])
+        right = grad.load([r0, tile_o * BO])
+        total = tl.dot(left.T, right, total)
+    if whole < end:
+        held = (whole + tl.arange(0, BR) < end)[:, None]
+        left = tl.where(held, rows.load([whole, tile_i * BI]), 0.0)
+        right = tl.where(held, grad.load([whole, tile_o * BO]), 0.0)
+        total = tl.dot(left.T, right, total)
+    i = tile_i * BI + tl.arange(0, BI)[:, None]
+    o = tile_o * BO + tl.arange(0, BO)[None, :]
+    target = out + expert.to(tl.int64) * stride_e + i.to(tl.int64) * stride_i + o.to(tl.int64) * stride_o
+    mask = (i < n_in) & (o < n_out)
+    if ADD:
+        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+
+
+def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, add: bool) -> bool:
+    """The gradient by `block_wgrad_kernel`; False where it does not apply."""
+    experts, inner, columns = out.shape
+    if inner < 128 or columns < 128:
+        return False
+    if out.stride(1) == 1 and out.stride(2) != 1:  # so that neighbouring results lie side by side in memory
+        return _launch_block_wgrad(grad, rows, offsets, out.transpose(1, 2), add)
+    tile = Tile(128, 256 if columns >= 256 else 128, 64, 8, 4)
+    a, b = described(rows, (tile.inner, tile.rows)), described(grad, (tile.inner, tile.columns))
+    if a is None or b is None or tile.shared_bytes(2) > _shared_bytes(rows.device):
+        return False
+    tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
+    with on_device(rows):
+        launch(
+            block_wgrad_kernel, (experts * tiles_i * tiles_o,),
+            a, b, offsets, out, inner, columns, *out.stride(), tiles_i, tiles_o, ADD=add, GROUP=GROUP,
+            BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return True
+
+
 def _launch_wgrad(
     rows: Tensor,
     order: Tensor | None,
@@ -256,6 +364,8 @@ def _launch_wgrad(
     if not out.numel():
         return
     rows, grad = unit_columns(rows), unit_columns(grad)
+    if order is None and _launch_block_wgrad(rows, grad, offsets, out, add):
+        return
     tile = tile_for(rows, 128 * experts, experts, columns)  # every tile of the matrix is full, whatever the rows
     tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
     with on_device(rows):

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefx.errors import InputError
 
@@ -118,6 +120,26 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def described(tensor: torch.Tensor, block: Sequence[int]) -> TensorDescriptor | None:
+    """A descriptor of the tensor for the copy engine of Hopper and later chips (TMA), which moves blocks of this shape.
+
+    None where the chip, the dtype or the layout has none: 16-bit elements, the last stride 1, the address and the other
+    strides in multiples of 16 bytes, nothing empty. Blocks that reach over an edge are filled with zeros.
+    """
+    if not tensor.is_cuda or tensor.element_size() != 2 or not _has_copy_engine(tensor.device):
+        return None
+    *lead, last = tensor.stride()
+    in_16_bytes = tensor.data_ptr() % 16 == 0 and all(s * 2 % 16 == 0 and s > 0 for s in lead)
+    if last != 1 or not in_16_bytes or 0 in tensor.shape or block[-1] * 2 < 16:
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+@cache
+def _has_copy_engine(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def unit_columns(tensor: torch.Tensor) -> torch.Tensor:

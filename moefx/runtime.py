@@ -184,13 +184,26 @@ class Runtime:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def linear_act(
-        self, function: Activation, rows: Tensor, weights: Tensors, leaves: Tensors, offsets: Tensor
+        self,
+        function: Activation,
+        rows: Tensor,
+        weights: Tensors,
+        leaves: Tensors,
+        offsets: Tensor,
+        order: Tensor | None = None,
+        top_k: int = 1,
     ) -> tuple[Tensor | None, ...]:
-        """The segment's inputs, made by linears of `rows` (None where no backward needs them), then its outputs."""
+        """The segment's inputs, made by linears of `rows` (None where no backward needs them), then its outputs.
+
+        With order [T*K], `rows` are the tokens [T, D], and their rows are gathered on the way.
+        """
         kernel = self._pointwise.get(function.__name__)
         if kernel and not kernel.why_not_linear:
-            inputs, outputs = kernel.linear(rows.to(weights[0].dtype), weights, leaves, offsets, save=self._keep)
+            rows = rows.to(weights[0].dtype)
+            inputs, outputs = kernel.linear(rows, weights, leaves, offsets, order, top_k, save=self._keep)
         else:
+            if order is not None:
+                rows = self.ops["gather_rows"](rows, order, top_k, offsets)
             inputs = [self.grouped_linear(rows, weight, offsets) for weight in weights]
             outputs = (
                 kernel.forward(inputs, leaves, offsets) if kernel else self._run(function, inputs, leaves, offsets)

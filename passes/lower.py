@@ -7,7 +7,8 @@ With several chunks every name of chunk c ends in `_c`.
 Ops beside those of moefx.ops: slice, cat, add, join; write and add_into for a leaf's gradient; and of a segment act_i
 
     act_i(inputs, leaves, offsets)            its outputs
-    act_i.linear(rows, weights, leaves, offsets)   its inputs, linears of the same rows, then its outputs
+    act_i.linear(rows, weights, leaves, offsets)   its inputs, linears of the same rows, then its outputs; with two more
+                                              arguments, order and top_k, of tokens whose rows are gathered on the way
     act_i.vjp(inputs, leaves, offsets, gradients)  its outputs again, the gradients of its inputs and of its leaves
 
 Saved for backward are x, w, the routing and the values which segments read (pre-activations), and the result h where
@@ -38,6 +39,7 @@ class _Chunk:
     region: Region
     chunk: int
     degree: int
+    one_lane: bool = False
     launches: dict[str, list[Launch]] = field(default_factory=dict)
 
     def name(self, base: str) -> str:
@@ -109,6 +111,14 @@ def _feeding(region: Region) -> dict[Segment, list[Linear]]:
     return result
 
 
+def _gathering(region: Region, feeding: dict[Segment, list[Linear]]) -> Segment | None:
+    """The segment whose linears alone read the tokens' rows: they gather them on the way, and no permuted copy is made."""
+    x, readers = x_value(region.template), _consumers(region)
+    if region.weight_position == "input":
+        return None
+    return next((s for s, linears in feeding.items() if linears[0].rows == x and readers[x] == len(linears)), None)
+
+
 def _saved_of_chunk(region: Region) -> list[str]:
     """Base names of what one chunk's forward saves."""
     program = steps(region.template)
@@ -133,14 +143,19 @@ def _forward(chunk: _Chunk) -> None:
     routing = ("order", "offsets", "position")
     chunk.slices("route", ("x", "ids", "w"))
     chunk.launch("route", "route", routing, (chunk.name("ids"), region.experts))
-    chunk.gather("dispatch")
     feeding = _feeding(region)
+    on_the_way = _gathering(region, feeding) if chunk.one_lane else None  # else dispatch runs beside other experts
+    if on_the_way is None:
+        chunk.gather("dispatch")
     fused = {linear for linears in feeding.values() for linear in linears}
     for step in steps(region.template):
         if isinstance(step, Segment) and step in feeding:
             linears = feeding[step]
             weights = tuple(f"leaf{linear.leaf}" for linear in linears)
-            args = (chunk.name(f"v{linears[0].rows}"), weights, chunk.reads(step)[1], chunk.name("offsets"))
+            rows, gathers = chunk.name(f"v{linears[0].rows}"), ()
+            if step == on_the_way:
+                rows, gathers = chunk.name("x"), (chunk.name("order"), region.top_k)
+            args = (rows, weights, chunk.reads(step)[1], chunk.name("offsets"), *gathers)
             chunk.launch("experts", f"{step.name}.linear", (f"v{i}" for i in (*step.inputs, *step.outputs)), args)
         elif isinstance(step, Segment):
             chunk.segment("experts", step)
@@ -245,12 +260,12 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
     forward = graph.phase == "forward"
     by_task: dict[str, list[Launch]] = {}
     for c in range(graph.degree):
-        chunk = _Chunk(region, c, graph.degree)
+        chunk = _Chunk(region, c, graph.degree, one_lane=len(schedule.lanes) == 1)
         (_forward if forward else _backward)(chunk)
         by_task.update(chunk.launches)
 
     lanes = tuple(lane for lane, _ in schedule.lanes)
-    launches = [replace(x, lane=lane) for lane, task in issue_order(schedule, graph) for x in by_task[task]]
+    launches = [replace(x, lane=lane) for lane, task in issue_order(schedule, graph) for x in by_task.get(task, [])]
     launches = _with_events(launches, graph, schedule)
     outputs = ("y",) if forward else ("gx", "gw")
     saved = _saved(region, graph.degree) if forward else ()
