@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from moefx.errors import PlanError
@@ -266,6 +267,9 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
 
     lanes = tuple(lane for lane, _ in schedule.lanes)
     launches = [replace(x, lane=lane) for lane, task in issue_order(schedule, graph) for x in by_task.get(task, [])]
+    if len(lanes) == 1:  # chunk by chunk
+        chunks = groupby(launches, key=lambda x: graph[x.task].chunk)
+        launches = [x for _, chunk_launches in chunks for x in _late(list(chunk_launches), region)]
     launches = _with_events(launches, graph, schedule)
     outputs = ("y",) if forward else ("gx", "gw")
     saved = _saved(region, graph.degree) if forward else ()
@@ -296,6 +300,43 @@ def values_of(launch: Launch) -> list[str]:
         return [arg] if isinstance(arg, str) else []
 
     return [re.match(r"\w+", e).group() for e in expressions(launch.args)]  # type: ignore[union-attr]
+
+
+def _late(launches: list[Launch], region: Region) -> list[Launch]:
+    """The launches of one chunk on one lane in an order that holds few row-sized values at once: from the end backwards,
+    always the one before which least is held. Dependencies stay: values, and shares added to one gradient."""
+    instrs = region.template.instrs
+
+    def width(value: str) -> int:
+        """Features of a row of the value; 0 for what is small or held anyway."""
+        found = re.match(r"[vg](\d+)", value)
+        return instrs[int(found.group(1))].width if found else 0
+
+    made = {out: n for n, x in enumerate(launches) for out in x.outs if out != "_"}
+    reads = [dict.fromkeys(v for v in values_of(x) if v in made) for x in launches]
+    after: list[set[int]] = [set() for _ in launches]  # what must come later
+    sums: dict[str, int] = {}
+    for n, x in enumerate(launches):
+        for value in reads[n]:
+            if made[value] != n:
+                after[made[value]].add(n)
+        for leaf in (v for v in values_of(x) if v.startswith("dleaf")):
+            if leaf in sums:
+                after[sums[leaf]].add(n)
+            sums[leaf] = n
+    placed: list[int] = []
+    live: set[str] = set()
+
+    def held_before(n: int) -> tuple[int, int]:
+        values = (live - set(launches[n].outs)) | set(reads[n])
+        return sum(width(v) for v in values), -n
+
+    while len(placed) < len(launches):
+        ready = [n for n in range(len(launches)) if n not in placed and after[n].issubset(placed)]
+        n = min(ready, key=held_before)
+        live = (live - set(launches[n].outs)) | set(reads[n])
+        placed.append(n)
+    return [launches[n] for n in reversed(placed)]
 
 
 def _with_events(launches: list[Launch], graph: TaskGraph, schedule: Schedule) -> list[Launch]:
