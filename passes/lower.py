@@ -153,10 +153,9 @@ def _forward(chunk: _Chunk) -> None:
         if isinstance(step, Segment) and step in feeding:
             linears = feeding[step]
             weights = tuple(f"leaf{linear.leaf}" for linear in linears)
-            rows, gathers = chunk.name(f"v{linears[0].rows}"), ()
+            args: tuple[Any, ...] = (chunk.name(f"v{linears[0].rows}"), weights, chunk.reads(step)[1], chunk.name("offsets"))
             if step == on_the_way:
-                rows, gathers = chunk.name("x"), (chunk.name("order"), region.top_k)
-            args = (rows, weights, chunk.reads(step)[1], chunk.name("offsets"), *gathers)
+                args = (chunk.name("x"), *args[1:], chunk.name("order"), region.top_k)
             chunk.launch("experts", f"{step.name}.linear", (f"v{i}" for i in (*step.inputs, *step.outputs)), args)
         elif isinstance(step, Segment):
             chunk.segment("experts", step)

@@ -1,0 +1,248 @@
+"""One MoE layer on one GPU: moefx against its peers, interleaved in one run.   python benchmarks/layer.py
+
+Per shape and number of tokens: the routed layer (router, dispatch, experts, combine) forward and forward + backward, in
+bf16 on random inputs: milliseconds (the median of rounds in which every peer has its turn), useful TFLOP/s (6 T K D F
+forward, 18 T K D F with backward), the share of the matmul ceiling measured in the same run; for few tokens GB/s of the
+weights of the experts that are hit; memory at the peak of a step beside weights, inputs and parameter gradients.
+
+Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import moefx
+
+
+@dataclass(frozen=True)
+class Shape:
+    """E experts, D model width, F expert width, K experts per token; the architecture whose block is built."""
+
+    experts: int
+    d_model: int
+    d_expert: int
+    top_k: int
+    family: str = "qwen3_moe"
+
+
+SHAPES = {
+    "qwen3-30b-a3b": Shape(128, 2048, 768, 8),
+    "olmoe": Shape(64, 2048, 1024, 8),
+    "mixtral-8x7b": Shape(8, 4096, 14336, 2),
+    "deepseek-v3-shard": Shape(32, 7168, 2048, 1),
+    "gpt-oss-20b": Shape(32, 2880, 2880, 4, "gpt_oss"),
+    "qwen3-next": Shape(512, 2048, 512, 10),
+}
+TOKENS = (1, 16, 64, 512, 4096, 16384, 32768)
+FEW_TOKENS = 64  # up to here the time is that of reading weights
+PEERS = ("hf eager", "hf grouped_mm", "hf grouped_mm compiled", "moefx")
+
+
+def build(shape: Shape, implementation: str, device: str) -> nn.Module:
+    """The family's own MoE block with random bf16 weights; the same seed gives the same weights."""
+    if shape.family == "gpt_oss":
+        from transformers import GptOssConfig
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP as Block
+
+        config: Any = GptOssConfig(
+            hidden_size=shape.d_model, intermediate_size=shape.d_expert, num_local_experts=shape.experts,
+            num_experts_per_tok=shape.top_k,
+        )  # fmt: skip
+    else:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock as Block
+
+        config = Qwen3MoeConfig(
+            hidden_size=shape.d_model, num_experts=shape.experts, num_experts_per_tok=shape.top_k,
+            moe_intermediate_size=shape.d_expert, norm_topk_prob=True,
+        )  # fmt: skip
+    config._experts_implementation = implementation
+    torch.manual_seed(0)
+    with torch.device(device):
+        block = Block(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(0, 0.02)
+    return block
+
+
+class Layer(nn.Module):
+    """The block alone, as a model: `moefx.optimize` wants one."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+def make(peer: str, shape: Shape, device: str) -> nn.Module:
+    layer = Layer(build(shape, "eager" if peer == "hf eager" else "grouped_mm", device))
+    if peer == "moefx":
+        moefx.optimize(layer, (torch.randn(1, 64, shape.d_model, device=device, dtype=torch.bfloat16),))
+        report = moefx.explain(layer)
+        if not report.found:
+            raise SystemExit(f"moefx declined {shape}:\n{report}")
+    if peer.endswith("compiled"):
+        layer.compile(dynamic=False)
+    return layer
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def median(run: Callable[[], Any], rounds: int = 7) -> float:
+    run()
+    return statistics.median(milliseconds(run) for _ in range(rounds))
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Of this machine in this run: dense bf16 matmul, and copies within GPU memory (bytes read and written)."""
+
+    tflops: float
+    gb_per_s: float
+
+
+def ceiling() -> Ceiling:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x, y = (torch.empty(1 << 29, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return Ceiling(2 * 8192**3 / median(lambda: a @ b) / 1e9, 4 * x.numel() / median(lambda: y.copy_(x)) / 1e6)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds; bytes of memory at the peak of a step, parameter gradients aside."""
+
+    forward_ms: float
+    step_ms: float
+    peak_bytes: int
+
+
+def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int, seconds: float) -> dict[str, Result]:
+    """Every peer in turn, `rounds` times; a peer slower than `seconds` a step is left out after its first."""
+    x = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gy = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16)
+    steps: dict[str, list[float]] = {peer: [] for peer in layers}
+    forwards: dict[str, list[float]] = {peer: [] for peer in layers}
+    peaks: dict[str, int] = {}
+
+    def forward(layer: nn.Module) -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def step(layer: nn.Module) -> None:
+        layer(x).backward(gy)
+
+    def clear(layer: nn.Module) -> None:
+        x.grad = None
+        for p in layer.parameters():
+            p.grad = None
+
+    active = dict(layers)
+    for turn in range(2 + rounds):
+        for peer, layer in list(active.items()):
+            clear(layer)
+            if turn == 1:
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            ms = milliseconds(lambda: step(layer))  # noqa: B023
+            if turn == 1:
+                own = sum(p.numel() * p.element_size() for p in layer.parameters())
+                peaks[peer] = torch.cuda.max_memory_allocated() - before - own
+            clear(layer)
+            forward_ms = milliseconds(lambda: forward(layer))  # noqa: B023
+            if turn >= 2:
+                steps[peer].append(ms)
+                forwards[peer].append(forward_ms)
+            elif turn == 1 and ms > 1e3 * seconds:
+                steps[peer], forwards[peer] = [ms], [forward_ms]
+                del active[peer]
+    return {p: Result(statistics.median(forwards[p]), statistics.median(steps[p]), peaks[p]) for p in layers}
+
+
+def rows(name: str, shape: Shape, tokens: int, results: dict[str, Result], top: Ceiling) -> list[str]:
+    flops = 6 * tokens * shape.top_k * shape.d_model * shape.d_expert
+    others = [r for p, r in results.items() if p != "moefx"]
+    lines = []
+    for peer, r in results.items():
+        if tokens <= FEW_TOKENS:
+            hit = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)  # expected, for uniform routing
+            speed = f"{6 * hit * shape.d_model * shape.d_expert / r.forward_ms / 1e6:.0f} GB/s"
+            share = f"{6 * hit * shape.d_model * shape.d_expert / r.forward_ms / 1e6 / top.gb_per_s:.0%}"
+        else:
+            forward, both = flops / r.forward_ms / 1e9, 3 * flops / r.step_ms / 1e9
+            speed, share = f"{forward:.0f} / {both:.0f} TFLOP/s", f"{forward / top.tflops:.0%} / {both / top.tflops:.0%}"
+        ahead = ""
+        if peer == "moefx" and others:
+            best = min(o.forward_ms for o in others) / r.forward_ms, min(o.step_ms for o in others) / r.step_ms
+            ahead = f"{best[0]:.2f}x / {best[1]:.2f}x"
+        times = f"{r.forward_ms:.3f} / {r.step_ms:.3f}"
+        lines.append(f"| {name} | {tokens} | {peer} | {times} | {speed} | {share} | {r.peak_bytes / 1e9:.2f} | {ahead} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--slow", type=float, default=0.05, help="seconds a step after which a peer has one turn only")
+    parser.add_argument("--budget", type=float, default=480.0, help="no new shape after so many seconds")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
+    start, top = time.perf_counter(), ceiling()
+    head = [
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matmul ceiling {top.tflops:.0f} TFLOP/s, "
+        f"copy ceiling {top.gb_per_s:.0f} GB/s",
+        "",
+        "| layer | T | peer | ms forward / step | useful speed forward / step | share of ceiling | peak GB | best peer / moefx |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    print("\n".join(head), flush=True)
+    for name in options.shapes:
+        if time.perf_counter() - start > options.budget:
+            print(f"{name} left out: over the budget of {options.budget:.0f} s")
+            continue
+        shape = SHAPES[name]
+        base = {peer: make(peer, shape, "cuda") for peer in options.peers}
+        for tokens in options.tokens:
+            lines = rows(name, shape, tokens, measure(base, shape, tokens, options.rounds, options.slow), top)
+            print("\n".join(lines), flush=True)
+            head += lines
+        del base
+        gc.collect()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    if options.out:
+        options.out.write_text("\n".join(head) + "\n")
+
+
+if __name__ == "__main__":
+    main()
