@@ -450,8 +450,10 @@ class Analyser:
 
     def _copy(self, module: nn.Module, example: probe.Example) -> nn.Module:
         """In float64, or in float32 where the block only runs in that."""
-        for dtype in (torch.float64, torch.float32):
-            twin = probe.probe_copy(module, self.options.seed, dtype)
+        held = {p.dtype for p in module.parameters() if p.is_floating_point()}
+        main = example.dtype if len(held) > 1 and example.dtype in held else None
+        for dtype, kept in dict.fromkeys(((torch.float64, main), (torch.float64, None), (torch.float32, None))):
+            twin = probe.probe_copy(module, self.options.seed, dtype, kept)
             if _runs(twin, *probe.draw(example, example.token_sizes, self.options.seed, 1, dtype=dtype)):
                 return twin
         return probe.probe_copy(module, self.options.seed)  # capture says why it does not run
@@ -520,10 +522,16 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
 def _check_device(module: nn.Module, variant: Variant, example: probe.Example, gradients: bool) -> float:
     """The block itself against its rewritten form; gradients for the first of its structure."""
     parameter = next(p for p in module.parameters())
-    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     shape = probe.shapes_for(example)[1]
-    inputs = probe.draw(example, shape, 5, variant.region.experts, dtype=dtype)
-    args, kwargs = pytree.tree_map(lambda t: t.to(parameter.device) if isinstance(t, Tensor) else t, inputs)
+
+    def inputs(dtype: torch.dtype) -> Any:
+        drawn = probe.draw(example, shape, 5, variant.region.experts, dtype=dtype)
+        return pytree.tree_map(lambda t: t.to(parameter.device) if isinstance(t, Tensor) else t, drawn)
+
+    # the example's own dtype, unless it was one that only autocast made possible
+    dtypes = list(dict.fromkeys(d for d in (example.dtype, parameter.dtype) if d.is_floating_point)) or [torch.float32]
+    dtype = next((d for d in dtypes[:-1] if _runs(module, *inputs(d))), dtypes[-1])
+    args, kwargs = inputs(dtype)
     with probe.state_kept(module):
         return _compare_on_device(module, variant, args, kwargs, dtype, gradients)
 

@@ -28,7 +28,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model"), HIDDEN),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("max_position_embeddings", "max_seq_len"), POSITIONS),
     "hidden_size_per_layer_input": 0,
     # feed-forward

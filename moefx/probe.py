@@ -3,7 +3,7 @@
 A probe copy lives on the CPU in float64 with random parameters: equal experts (upcycling), zero-initialised weights and
 constant buffers would hide what the block computes, and in float64 every cast the block makes is visible as a cast. A
 block that mixes in float32 (`one_hot(...).float()`, a router that always computes in float32) does not run in float64:
-its probe copy is in float32.
+its probe copy is in float32. Where the block itself holds parameters of two dtypes, float64 stands for that of its tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefx.errors import Decline, InputError
+from moefx.python_state import Kept, places, restore_items
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -42,15 +43,19 @@ def random_like(tensor: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     return values
 
 
-def probe_copy(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+def probe_copy(
+    module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64, main: torch.dtype | None = None
+) -> nn.Module:
     """A private copy of `module` on the CPU with random parameters of `dtype`, without hooks.
 
+    main: the dtype of the block's tokens; parameters of another one keep theirs (a float32 router beside bf16 experts).
     Integer buffers keep their values; constant float buffers are perturbed. Raises Decline when it cannot be copied.
     """
     generator = torch.Generator().manual_seed(seed)
     memo: dict[int, Any] = {}
     for p in module.parameters():
-        new = random_like(p, dtype, generator) if p.is_floating_point() else p.detach().cpu().clone()
+        own = p.dtype if main is not None and p.dtype != main else dtype
+        new = random_like(p, own, generator) if p.is_floating_point() else p.detach().cpu().clone()
         if p.dtype.is_complex:
             raise Decline("a parameter is complex: experts on complex numbers are not rewritten")
         memo[id(p)] = nn.Parameter(new, requires_grad=False)
@@ -128,8 +133,12 @@ def neutral() -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_kept(module: nn.Module) -> Iterator[None]:
-    """Runs of the user's own module inside leave no trace: buffers, plain attributes and random state are put back."""
+    """Runs of the user's own module inside leave no trace.
+
+    Buffers, plain attributes, the globals that its code names and the random state are put back.
+    """
     attributes = {child: _shallow(vars(child)) for child in module.modules()}
+    outside = Kept([place for child in module.modules() for place in places(child)])
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
     devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
     try:
@@ -141,11 +150,9 @@ def state_kept(module: nn.Module) -> Iterator[None]:
                 del child.__dict__[name]
             for name, (value, content) in before.items():
                 child.__dict__[name] = value
-                if type(value) is list:
-                    value[:] = content
-                elif type(value) in (set, dict):
-                    value.clear()
-                    value.update(content)
+                if content is not None:
+                    restore_items(value, content)
+        outside.put_back()
         with torch.no_grad():
             for b, before_b in buffers:
                 # a needless write would spoil the backward of a call that saved the buffer
@@ -195,6 +202,12 @@ class Example:
         return list(pytree.tree_leaves((self.args, self.kwargs)))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its first floating-point tensor; float32 where it has none."""
+        floats = (t.dtype for t in self.leaves() if isinstance(t, Tensor) and t.is_floating_point())
+        return next(floats, torch.float32)
+
+    @property
     def token_sizes(self) -> tuple[int, ...]:
         """The distinct sizes of token dimensions: all but the last of float tensors, else all of integer tensors."""
         tensors = [t for t in self.leaves() if isinstance(t, Tensor)]
@@ -232,8 +245,9 @@ def guess_experts(module: nn.Module) -> int:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a probe copy."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float64)
+    """The dtype of a probe copy, that of its tokens: the widest of its parameters."""
+    held = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    return max(held, key=lambda dtype: dtype.itemsize, default=torch.float64)
 
 
 def draw(

@@ -185,10 +185,8 @@ class _Builder:
         kept = {m.path for m in self.modules}
         for path, name in self.trace.side_effects:
             if not any(path == k or path.startswith(k + ".") for k in kept):
-                owner = f"{path}." if path else ""
-                raise Decline(
-                    f"the block's forward sets self.{owner}{name}: a Python side effect that a graph cannot keep"
-                )
+                what = name.replace("self.", f"self.{path}.", 1) if path else name
+                raise Decline(f"the block's forward changes {what}: a Python side effect that a graph cannot keep")
         for v in (x for x in self.trace.result[0] if not isinstance(x, Value)):
             if not isinstance(v, SIMPLE):
                 raise Decline(f"the block returns a {type(v).__name__}, whose tensors cannot be followed")

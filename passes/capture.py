@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from moefx import sizes
 from moefx.errors import Decline
 from moefx.probe import GroupedInDouble
+from moefx.python_state import attributes, changed, picture, places
 from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild, user_line
 
 
@@ -244,7 +245,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     inputs = tuple(
         recorder.value_of(x, None, "input", f"in{i}") if isinstance(x, Tensor) else x for i, x in enumerate(leaves)
     )
-    before = {path: _attributes(child) for path, child in module.named_modules()}
+    before = {path: _state(child) for path, child in module.named_modules()}
     with (
         _observed(module, recorder),
         torch.enable_grad(),
@@ -264,7 +265,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     effects = [
         (path, name)
         for path, child in module.named_modules()
-        for name in _changed(before.get(path, {}), _attributes(child))
+        for name in changed(before.get(path, {}), _state(child))
     ]
     return Trace(
         inputs,
@@ -279,30 +280,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     )
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """A comparable picture of a module's own Python state (parameters, buffers and hooks aside)."""
-
-    def picture(value: Any, depth: int = 0) -> Any:
-        if isinstance(value, Tensor):
-            return (id(value), value._version)
-        if isinstance(value, (int, float, str, bool, type(None))):
-            return value
-        if isinstance(value, (list, tuple, set, dict)) and depth < 3:
-            items = value.items() if isinstance(value, dict) else value
-            return (len(value), *(picture(v, depth + 1) for v in items))
-        if hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module) and not callable(value) and depth < 3:
-            return (id(value), picture({k: v for k, v in vars(value).items() if not k.startswith("__")}, depth + 1))
-        return id(value)
-
-    hidden = ("_moefx", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-    own = {
-        k: picture(v)
-        for k, v in vars(module).items()
-        if not (k.startswith(hidden) or k.endswith(("_with_kwargs", "_always_called")))
-    }
-    own.update({f"buffer {k}": id(v) for k, v in module._buffers.items()})
-    return own
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Pictures of all that a module's code may leave behind, by what a person calls it."""
+    own = {f"self.{name}": value for name, value in attributes(module).items()}
+    return own | {str(place): picture(place.get()) for place in places(module)}

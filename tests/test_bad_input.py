@@ -11,7 +11,7 @@ import pytest
 import torch
 from moefx.models import TinyMoELM
 from test_api import blocks_of, ids, picture, small_lm
-from test_block import CLOSE, D, E, Expert, K, ListBlock, assert_same, relative, run_experts, tokens
+from test_block import CLOSE, D, E, Expert, K, ListBlock, Router, assert_same, relative, run_experts, tokens
 from torch import Tensor, nn
 
 import moefx
@@ -231,15 +231,75 @@ def test_python_side_effects(make: type[nn.Module]) -> None:
     assert blocks_of(mine) == []
 
 
-@pytest.mark.xfail(reason="a limit: what a block writes into globals is not seen")
-def test_side_effects_on_globals() -> None:
-    """They are lost when the block's Python no longer runs."""
+class WritesThroughAFunction(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        _remember(x)
+        return super().forward(x)
+
+
+def _remember(x: Tensor) -> None:
+    CALLS.append(x.numel())
+
+
+class RebindsGlobal(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        global CALLS
+        CALLS = [*CALLS, x.numel()]
+        return super().forward(x)
+
+
+class CountsOnItsClass(ListBlock):
+    total = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).total += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [WritesToGlobal, WritesThroughAFunction, RebindsGlobal])
+def test_side_effects_on_globals(make: type[nn.Module]) -> None:
+    """They would be lost when the block's Python no longer runs; the search leaves none."""
     torch.manual_seed(0)
-    mine = moefx.optimize(WritesToGlobal(), (tokens(),))
     CALLS.clear()
+    mine = moefx.optimize(make(), (tokens(1, 4),))
+    (declined,) = moefx.explain(mine).declined
+    assert "side effect" in str(declined)
+    assert "CALLS" in str(declined)
+    assert CALLS == [], "the run on the example, like the search, puts back what it did"
     mine(tokens(1, 5))
     mine(tokens(1, 6))
     assert CALLS == [5 * D, 6 * D]
+
+
+def test_side_effects_on_the_class() -> None:
+    mine = moefx.optimize(CountsOnItsClass(), (tokens(),))
+    before = CountsOnItsClass.total
+    mine(tokens(1, 5))
+    assert CountsOnItsClass.total == before + 1
+    (declined,) = moefx.explain(mine).declined
+    assert "CountsOnItsClass.total" in str(declined)
+
+
+class RouterWithLog(Router):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        CALLS.append(x.shape[0])
+        return super().forward(x)
+
+
+class LoggedRouter(ListBlock):
+    """The router is still called as a module: its effects are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = RouterWithLog()
+
+
+def test_side_effects_of_a_kept_router_stay() -> None:
+    mine = moefx.optimize(LoggedRouter(), (tokens(1, 4),))
+    assert blocks_of(mine)
+    CALLS.clear()
+    mine(tokens(1, 5))
+    assert CALLS == [5]
 
 
 class InPlaceAdd(ListBlock):

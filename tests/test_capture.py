@@ -369,13 +369,13 @@ def set_buffer(self: Any, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("forward", "expected"),
     [
-        (lambda self, x: setattr(self, "calls", self.calls + 1), (("", "calls"),)),
-        (lambda self, x: self.log.append(x), (("", "log"),)),
-        (lambda self, x: self.seen.update(rows=1), (("", "seen"),)),
-        (lambda self, x: setattr(self, "last", x), (("", "last"),)),
-        (lambda self, x: self.total.add_(x), (("", "total"),)),
-        (lambda self, x: setattr(self.inner, "mode", "off"), (("inner", "mode"),)),
-        (set_buffer, (("inner", "buffer running_mean"),)),
+        (lambda self, x: setattr(self, "calls", self.calls + 1), (("", "self.calls"),)),
+        (lambda self, x: self.log.append(x), (("", "self.log"),)),
+        (lambda self, x: self.seen.update(rows=1), (("", "self.seen"),)),
+        (lambda self, x: setattr(self, "last", x), (("", "self.last"),)),
+        (lambda self, x: self.total.add_(x), (("", "self.total"),)),
+        (lambda self, x: setattr(self.inner, "mode", "off"), (("inner", "self.mode"),)),
+        (set_buffer, (("inner", "self.running_mean"),)),
         (lambda self, x: self.inner.running_var.add_(1), ()),  # a write to a buffer is a call
         (lambda self, x: self.log + [1], ()),
         (lambda self, x: None, ()),

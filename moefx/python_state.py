@@ -1,0 +1,171 @@
+"""The Python state that a module's code can change without returning it: attributes, and the globals that it names.
+
+A rewritten block replays tensors, not Python. What a run left behind in such places would be lost, so capture compares
+pictures of them from before and after.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+_HIDDEN = ("_moefx", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_DEPTH = 3  # of containers and objects inside each other that a picture follows
+# Libraries whose functions are followed within one file only: their caches and registries are not the block's doing.
+_LIBRARIES = ("torch", "transformers")
+
+
+def picture(value: Any, depth: int = 0) -> Any:
+    """A comparable stand-in for a value: equal pictures mean that nothing in it was changed, as far as it looks."""
+    if isinstance(value, Tensor):
+        return (id(value), value._version)
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple, set, dict)) and depth < _DEPTH:
+        items = value.items() if isinstance(value, dict) else value
+        return (len(value), *(picture(v, depth + 1) for v in items))
+    opaque = isinstance(value, (nn.Module, types.ModuleType, logging.Logger)) or callable(value)
+    if hasattr(value, "__dict__") and not opaque and depth < _DEPTH:
+        return (id(value), picture({k: v for k, v in vars(value).items() if not k.startswith("__")}, depth + 1))
+    return id(value)
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Pictures of a module's own attributes (parameters, contents of buffers and hooks aside)."""
+    own = {
+        k: picture(v)
+        for k, v in vars(module).items()
+        if not (k.startswith(_HIDDEN) or k.endswith(("_with_kwargs", "_always_called")))
+    }
+    own.update({k: id(v) for k, v in module._buffers.items()})
+    return own
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names whose pictures differ."""
+    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+
+
+class Place:
+    """A name in a namespace outside of the module: a global of a file, or an attribute of a class."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __str__(self) -> str:
+        if isinstance(self.owner, type):
+            return f"{self.owner.__qualname__}.{self.name}"
+        return f"the global {self.name} of {self.owner.get('__name__', '?')}"
+
+    def get(self) -> Any:
+        space = vars(self.owner) if isinstance(self.owner, type) else self.owner
+        return space.get(self.name, None)
+
+    def put(self, value: Any) -> None:
+        if isinstance(self.owner, type):
+            setattr(self.owner, self.name, value)
+        else:
+            self.owner[self.name] = value
+
+
+def places(module: nn.Module) -> tuple[Place, ...]:
+    """Where the code of a module's class, and what it calls by name in its own package, can leave something behind."""
+    return _places(type(module))
+
+
+@cache
+def _places(cls: type) -> tuple[Place, ...]:
+    found: dict[tuple[int, str], Place] = {}
+    for owner in cls.__mro__:
+        package = owner.__module__.partition(".")[0]
+        if package in ("torch", "builtins", "abc", "typing"):
+            continue
+        seen: set[types.CodeType] = set()
+        for function in _functions(owner):
+            _follow(function, package, seen, found)
+        for name in _plain(owner):
+            found[id(owner), name] = Place(owner, name)
+    return tuple(found.values())
+
+
+def _functions(owner: type) -> Iterator[types.FunctionType]:
+    for member in vars(owner).values():
+        while isinstance(member, (staticmethod, classmethod)):
+            member = member.__func__
+        member = member.fget if isinstance(member, property) else member
+        while member is not None:  # decorators that keep what they wrap
+            if isinstance(member, types.FunctionType):
+                yield member
+            member = getattr(member, "__wrapped__", None)
+
+
+def _follow(
+    function: types.FunctionType, package: str, seen: set[types.CodeType], found: dict[tuple[int, str], Place]
+) -> None:
+    """Add the places that a function names, and those of the functions and classes of the same package it names."""
+    space = function.__globals__
+    for code in _codes(function.__code__):
+        if code in seen:
+            return
+        seen.add(code)
+        for name in code.co_names:
+            if name not in space or name.startswith("__"):
+                continue
+            value = space[name]
+            if isinstance(value, type):
+                if _near(value, package, space):
+                    found.update({(id(value), n): Place(value, n) for n in _plain(value)})
+            elif isinstance(value, types.FunctionType):
+                if _near(value, package, space):
+                    _follow(value, package, seen, found)
+            elif not callable(value) and not isinstance(value, types.ModuleType):
+                found[id(space), name] = Place(space, name)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _near(value: Any, package: str, space: dict[str, Any]) -> bool:
+    module = getattr(value, "__module__", None) or ""
+    return module.partition(".")[0] == package and (package not in _LIBRARIES or module == space.get("__name__"))
+
+
+def _plain(owner: type) -> list[str]:
+    """Attributes of a class that hold data."""
+    return [n for n, v in vars(owner).items() if isinstance(v, (int, float, str, list, dict, set)) and n[:2] != "__"]
+
+
+class Kept:
+    """The contents of places, to be put back: bindings, and the items of lists, sets and dicts."""
+
+    def __init__(self, where: list[Place]) -> None:
+        self.held = [
+            (p, v, copy.copy(v) if type(v) in (list, set, dict) else None) for p, v in ((p, p.get()) for p in where)
+        ]
+
+    def put_back(self) -> None:
+        for place, value, content in self.held:
+            if place.get() is not value:
+                place.put(value)
+            if content is not None and value != content:
+                restore_items(value, content)
+
+
+def restore_items(value: Any, content: Any) -> None:
+    """Give a list, set or dict the items of `content` again."""
+    if type(value) is list:
+        value[:] = content
+    else:
+        value.clear()
+        value.update(content)
