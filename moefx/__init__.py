@@ -18,7 +18,18 @@ if (_root / "setup.cfg").is_file() and (_root / "passes" / "__init__.py").is_fil
 from moefx.api import explain, optimize, restore  # noqa: E402
 from moefx.errors import MoefxError  # noqa: E402
 from moefx.options import Options  # noqa: E402
+from moefx.plugins import register_all_to_all, register_codec, register_policy  # noqa: E402
 from moefx.report import Report  # noqa: E402
 
-__all__ = ["MoefxError", "Options", "Report", "explain", "optimize", "restore"]
+__all__ = [
+    "MoefxError",
+    "Options",
+    "Report",
+    "explain",
+    "optimize",
+    "register_all_to_all",
+    "register_codec",
+    "register_policy",
+    "restore",
+]
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
 """Every error that moefx raises on purpose. Each message says what, where, and what to try."""
 
+from collections.abc import Sequence
+
 
 class MoefxError(Exception):
     """Base of all errors raised by moefx."""
@@ -19,3 +21,11 @@ class Decline(MoefxError):
 
 class PlanError(MoefxError):
     """A stage received or made an invalid task graph, schedule or plan: names the task and the lane."""
+
+
+class CommunicationError(MoefxError, RuntimeError):
+    """An exchange between ranks failed or took too long. `peers` are the ranks of the group that did not do their part."""
+
+    def __init__(self, message: str, peers: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.peers = tuple(peers)

@@ -22,6 +22,7 @@ from moefx.passes._orders import TIE, by_key, layered_search, list_schedule, rev
 
 from moefx.errors import InputError, PlanError
 from moefx.ir import NO_CHUNK, Schedule, Task, TaskGraph, issue_order
+from moefx.registry import Registry
 from moefx.simulate import COMPUTE, Timeline, lower_bound_s, simulate, tails_s
 
 Policy = Callable[[TaskGraph], Schedule]
@@ -197,14 +198,9 @@ def _best(graph: TaskGraph, schedules: Iterable[Schedule]) -> tuple[Schedule, fl
     return min(timed, key=lambda pair: pair[1])
 
 
-POLICIES: dict[str, Policy] = {
-    "serial": serial,
-    "fifo": fifo,
-    "schemoe": schemoe,
-    "greedy": greedy,
-    "exact": exact,
-    "auto": auto,
-}
+POLICIES: Registry[Policy] = Registry("schedule policy", requires=("__call__",), error=PlanError)
+for _policy in (serial, fifo, schemoe, greedy, exact, auto):
+    POLICIES.register(_policy.__name__, _policy)
 
 
 def register_policy(name: str, policy: Policy) -> None:
@@ -212,15 +208,11 @@ def register_policy(name: str, policy: Policy) -> None:
 
     The result is checked each time: every task once, no deadlock. `simulate` tells what it costs.
     """
-    if name in POLICIES:
-        raise InputError(f"a policy {name!r} exists; to replace it, assign POLICIES[{name!r}]")
-    POLICIES[name] = policy
+    POLICIES.register(name, policy)
 
 
 def schedule(graph: TaskGraph, policy: str = "fifo") -> Schedule:
     """Orders the tasks of `graph` by the named policy and checks the result."""
-    if policy not in POLICIES:
-        raise PlanError(f"no schedule policy {policy!r}; known: {', '.join(POLICIES)}")
     result = POLICIES[policy](graph)
     check(result, graph)
     return result
@@ -273,8 +265,7 @@ def choose(
     """
     if capacity < 1:
         raise InputError(f"the capacity is the largest degree, at least 1; got {capacity}")
-    if policy not in POLICIES:
-        raise PlanError(f"no schedule policy {policy!r}; known: {', '.join(POLICIES)}")
+    POLICIES[policy]  # PlanError for one that is not known
     graph_of = cache(build)
     if degrees is not None:
         asked = sorted(set(degrees))

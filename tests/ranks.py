@@ -67,7 +67,9 @@ def run_ranks(
         children: list[_Child] = []
         try:
             for rank in range(world):
-                children.append(_Child(rank, world, task, places[rank], folder, timeout_s, group_timeout_s or timeout_s))
+                children.append(
+                    _Child(rank, world, task, places[rank], folder, timeout_s, group_timeout_s or timeout_s)
+                )
             return _collect(children, lost, deadline)
         finally:
             for child in children:
@@ -161,6 +163,7 @@ def _run(rank: int, world: int, task: bytes, folder: str, group_s: float) -> Any
     at = "env://" if "MASTER_PORT" in os.environ else f"file://{folder}/store"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=at, rank=rank, world_size=world, timeout=timedelta(seconds=group_s))
+    dist.barrier()  # a rank that dies in the function does not die while others still connect
     function, args = pickle.loads(task)
     return function(*args)
 

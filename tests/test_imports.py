@@ -20,7 +20,8 @@ PACKAGES = {"moefx": "moefx", "passes": "moefx.passes", "codegen": "moefx.codege
 SOURCES = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in PACKAGES}
 OTHERS = [file for folder in ("tests", "benchmarks", "examples") for file in sorted((ROOT / folder).rglob("*.py"))]
 
-ASSEMBLY = {"moefx.api", "moefx.build"}  # the one place where the stages meet
+# The one place where the stages meet, and the door through which plug-ins enter any of them.
+ASSEMBLY = {"moefx.api", "moefx.build", "moefx.plugins"}
 NOT_VOCABULARY = {
     "moefx",
     "moefx.__main__",

@@ -299,7 +299,7 @@ def test_a_policy_from_outside():
 
     try:
         register_policy("backwards", backwards)
-        with pytest.raises(InputError, match="a policy 'backwards' exists"):
+        with pytest.raises(InputError, match="a schedule policy 'backwards' exists"):
             register_policy("backwards", backwards)
         with pytest.raises(PlanError, match="the schedule deadlocks"):
             schedule(graph(), "backwards")
