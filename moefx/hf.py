@@ -111,6 +111,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "index_topk": 32,
         "index_kpool": 16,
     },
+    "hy_v4_vl_text": _rope([2, 1, 1]),
     "jamba": {"attn_layer_offset": 0, "attn_layer_period": 2, "expert_layer_offset": 0, "expert_layer_period": 1},
     "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
     "llama4_text": {"interleave_moe_layer_step": 1},

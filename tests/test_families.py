@@ -38,6 +38,7 @@ EXPECTED_DECLINED = {
 CANCELLING = 1e-4
 DOUBLE = {
     "hy_v4": "scales of the hyper-connections",
+    "hy_v4_vl": "scales of the hyper-connections",
     "qwen3_5_moe": "decay rates (A_log) of the linear attention",
     "qwen3_next": "decay rates (A_log) of the linear attention",
     "qwen4_exp": "decay rates (A_log) of the linear attention",
