@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from moefx import probe, search, verify
@@ -253,7 +254,7 @@ def optimize(model: nn.Module, example_inputs: Any = None, options: Options | No
     report = Report(pending=example_inputs is None)
     model.__dict__[_STATE] = _State(report=report, options=options)
     if example_inputs is None:
-        model.__dict__["forward"] = _Waiting(model)
+        _Waiting.put(model)
         return model
     try:
         seen = _run_example(model, example_inputs)
@@ -328,8 +329,11 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
 
 
 def _run_example(model: nn.Module, example_inputs: Any) -> search.Observation:
+    return _observe(model, *_call(model, example_inputs))
+
+
+def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> search.Observation:
     """One observed forward without gradients; random state and buffers are left as they were."""
-    args, kwargs = _call(model, example_inputs)
     probe.bind(model, args, kwargs)
     inside: list[tuple[str, nn.Module]] = []
     handles = []
@@ -358,6 +362,14 @@ class _Waiting:
         self.model, self.previous = model, model.__dict__.get("forward")
         self.__signature__ = inspect.signature(model.forward)
 
+    @staticmethod
+    def put(model: nn.Module) -> None:
+        """Lets the model wait. torch.compile shows real inputs to modules that have the two hooks of torch's lazy modules."""
+        waiting = _Waiting(model)
+        hooks = {"_initialize_hook": None, "_infer_parameters": _BeforeTracing(waiting)}
+        model.__dict__.update(forward=waiting, **hooks)
+
+    @torch.compiler.disable(reason="moefx rewrites this model at its first call")  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         self.stop()  # the model may call itself
@@ -368,16 +380,36 @@ class _Waiting:
                     seen.examples[""] = probe.Example.of(*probe.bind(model, args, kwargs))
                 result = model.forward(*args, **kwargs)
         except BaseException:
-            model.__dict__["forward"] = self
+            _Waiting.put(model)
             raise
-        state = model.__dict__[_STATE]
-        state["report"].pending = False
-        _rewrite(model, seen, state["options"], state["report"], replace=True)
+        self._rewrite(seen)
         return result
+
+    def before_tracing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first call of the compiled model: the model is rewritten before Dynamo traces it."""
+        if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise InputError(
+                "moefx waits for a first call of this model, which is traced as a part of something else: "
+                "give example inputs, moefx.optimize(model, example_inputs), or call it once before"
+            )
+        model = self.model
+        self.stop()
+        try:
+            seen = _observe(model, args, kwargs)
+        except BaseException:
+            _Waiting.put(model)
+            raise
+        self._rewrite(seen)
+
+    def _rewrite(self, seen: search.Observation) -> None:
+        state = self.model.__dict__[_STATE]
+        state["report"].pending = False
+        _rewrite(self.model, seen, state["options"], state["report"], replace=True)
 
     def stop(self) -> None:
         """The model has its own forward again."""
-        del self.model.__dict__["forward"]
+        for name in ("forward", "_initialize_hook", "_infer_parameters"):
+            self.model.__dict__.pop(name, None)
         if self.previous is not None:
             self.model.__dict__["forward"] = self.previous
 
@@ -389,6 +421,23 @@ class _Waiting:
 
     def __reduce__(self) -> Any:
         return (_original_forward, (self.model,))
+
+
+class _BeforeTracing:
+    """What torch.compile calls with the first inputs of a model that waits; nothing in a copy that was pickled."""
+
+    def __init__(self, waiting: _Waiting | None = None) -> None:
+        self.waiting = waiting
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.waiting is not None:
+            self.waiting.before_tracing(args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return (_BeforeTracing, ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BeforeTracing:
+        return _BeforeTracing(copy.deepcopy(self.waiting, memo))
 
 
 def _rewrite(model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moefx import region_op
 from moefx.errors import Decline
 from moefx.ir import Region
 from moefx.routing import Routing, region_inputs
@@ -88,7 +89,11 @@ class Moe:
     def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """x [..., D], router values as recorded -> routed output [..., d_out]."""
         tokens, slots, weights, params = self.inputs(x, ids, w, keep)
-        y = self.variant.compiled(tokens, slots, weights, params)
+        compiled = self.variant.compiled
+        if torch.compiler.is_compiling():
+            y = region_op.routed(compiled.handle, tokens, slots, weights, params)
+        else:
+            y = compiled(tokens, slots, weights, params)
         return y.reshape(*x.shape[:-1], self.variant.region.d_out)
 
     def inputs(
@@ -126,15 +131,22 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 
 
 def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What a variant is specialised on: never sizes or dtypes."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    """What a variant is specialised on: never sizes or dtypes. Made of plain Python, which Dynamo can follow."""
+    return (module.training, _kind(args), _kind(kwargs))
 
-    def kind(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return ("tensor", x.dim(), x.is_floating_point())
-        return (type(x), x) if isinstance(x, PLAIN) else type(x)
 
-    return (module.training, spec, tuple(kind(x) for x in leaves))
+def _kind(x: Any) -> Any:
+    """A hashable picture of an argument: ranks of tensors, plain values, the structure around them, types of the rest."""
+    if isinstance(x, Tensor):
+        return ("tensor", x.dim(), x.is_floating_point())
+    if isinstance(x, PLAIN):
+        return (type(x).__name__, x)
+    if type(x) in (tuple, list):
+        return (type(x).__name__, *[_kind(v) for v in x])
+    if type(x) is dict:
+        return ("dict", *[(k, _kind(v)) for k, v in x.items()])
+    leaves, spec = pytree.tree_flatten(x)
+    return (type(x).__name__, "") if spec.is_leaf() else (str(spec), *[_kind(v) for v in leaves])
 
 
 def settings_of(module: nn.Module, kept: tuple[str, ...]) -> tuple[tuple[str, str, Any], ...]:
@@ -151,6 +163,31 @@ def settings_of(module: nn.Module, kept: tuple[str, ...]) -> tuple[tuple[str, st
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a forward, for a binding of arguments that Dynamo can follow (`inspect` it cannot).
+
+    positional, keyword: names and defaults (`inspect.Parameter.empty` where there is none), `self` left out.
+    """
+
+    positional: tuple[tuple[str, Any], ...]
+    keyword: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def of(signature: inspect.Signature) -> Parameters:
+        kinds = inspect.Parameter
+        named = [(p.kind, (p.name, p.default)) for p in list(signature.parameters.values())[1:]]
+        positional = [p for kind, p in named if kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+        return Parameters(tuple(positional), tuple(p for kind, p in named if kind is kinds.KEYWORD_ONLY))
+
+    def normal_form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `probe.bind`, for arguments that fit."""
+        rest = dict(kwargs)
+        missing = [rest.pop(name, default) for name, default in self.positional[len(args) :]]
+        named = {name: rest.pop(name, default) for name, default in self.keyword}
+        return (*args, *missing), {**named, **rest}
+
+
 class RewrittenForward:
     """Callable at `module.forward`. `analyse(module, args, kwargs)` makes missing variants or raises Decline."""
 
@@ -162,6 +199,7 @@ class RewrittenForward:
         self.watched: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
         self.failed = False
         self.signature = inspect.signature(type(module).forward)
+        self.parameters = Parameters.of(self.signature)
         self.__signature__ = inspect.signature(types.MethodType(type(module).forward, module))  # for those who ask
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,6 +209,8 @@ class RewrittenForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._traced(args, kwargs)
         bound = self.signature.bind(self.module, *args, **kwargs)
         bound.apply_defaults()
         flat_args, flat_kwargs = tuple(bound.args[1:]), dict(bound.kwargs)
@@ -194,6 +234,28 @@ class RewrittenForward:
                 log.debug("where it failed", exc_info=error)
             self.failed = True
             return result
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`__call__` as Dynamo traces it, with the variants there are by now; what chooses among them becomes guards."""
+        flat_args, flat_kwargs = self.parameters.normal_form(args, kwargs)
+        key = call_key(self.module, flat_args, flat_kwargs)
+        for known, variant in self.variants.items():
+            if known == key and isinstance(variant, Variant):
+                if self._as_analysed(variant) and not self._hooked(variant):
+                    try:
+                        return variant.run(self.module, flat_args, flat_kwargs)
+                    except variant.skip:
+                        break
+        return self.original(*args, **kwargs)
+
+    def _as_analysed(self, variant: Variant) -> bool:
+        """Not `_changed`, without its memory: nothing that is stored while Dynamo traces."""
+        for path, name, value in variant.settings:
+            child = self.module.get_submodule(path)
+            now = child.training == self.module.training if name == "training" else getattr(child, name, None)
+            if now != value:
+                return False
+        return True
 
     def variant_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | Decline:
         """The variant for this way of calling, analysed now if it is new."""

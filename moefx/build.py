@@ -14,6 +14,7 @@ from moefx.passes.lower import lower
 from moefx.passes.partition import partition
 from moefx.passes.schedule import schedule
 from moefx.passes.simplify import simplify
+from moefx.region_op import register
 
 
 def compile_region(region: Region, degree: int = 1, kernels: str = "auto", policy: str = "fifo") -> CompiledRegion:
@@ -23,7 +24,7 @@ def compile_region(region: Region, degree: int = 1, kernels: str = "auto", polic
     schedules = (schedule(graphs[0], policy), schedule(graphs[1], policy))
     plans = (lower(region, graphs[0], schedules[0]), lower(region, graphs[1], schedules[1]))
     emitted = load(emit(region, *plans, name="region"))
-    return CompiledRegion(region, graphs, schedules, plans, emitted, kernels)
+    return register(CompiledRegion(region, graphs, schedules, plans, emitted, kernels))
 
 
 def load(source: str) -> Emitted:

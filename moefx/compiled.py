@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moefx.errors import InputError
 from moefx.ir import Plan, Region, Schedule, TaskGraph
-from moefx.leaves import LeafBinder
+from moefx.leaves import LeafBinder, LeafGradients
 from moefx.runtime import OpTable, Runtime, ops_for
 from moefx.segments import Segment, steps
 
@@ -47,6 +47,7 @@ class CompiledRegion:
         self.region, self.graphs, self.schedules, self.plans = region, graphs, schedules, plans
         self.emitted, self.kernels = emitted, kernels
         self.binder = LeafBinder(region.leaves)
+        self.handle: str | None = None  # the name by which operators of torch know it (`moefx.region_op`)
         self.delays: Callable[[str], None] | None = None
         self.notes: tuple[str, ...] = ()
         self._kernels: dict[str, Any] | None = None
@@ -100,10 +101,13 @@ class CompiledRegion:
         if missing := [name for name in self.binder.names if name not in params]:
             raise InputError(f"parameters missing: {', '.join(missing)}")
 
-    def _bind(self, tensors: list[Tensor], matrix_dtype: torch.dtype | None) -> list[Tensor]:
+    def _bind(self, tensors: list[Tensor], matrix_dtype: torch.dtype | None, may_pack: bool) -> list[Tensor]:
         """The leaves; under autocast the matrices are cast as a linear's weight would be."""
-        leaves, notes = self.binder.bind(dict(zip(self.binder.names, tensors)))
+        leaves, notes = self.binder.bind(dict(zip(self.binder.names, tensors)), may_pack)
         self.notes = tuple(notes)
+        return self._cast(leaves, matrix_dtype)
+
+    def _cast(self, leaves: list[Tensor], matrix_dtype: torch.dtype | None) -> list[Tensor]:
         dtypes = [leaf.read_as or (matrix_dtype if len(leaf.shape) == 2 else None) for leaf in self.region.leaves]
         return [value if dtype is None else value.to(dtype) for value, dtype in zip(leaves, dtypes)]
 
@@ -115,10 +119,11 @@ class CompiledRegion:
         tensors: list[Tensor],
         matrix_dtype: torch.dtype | None,
         keep: bool = True,
+        may_pack: bool = True,
     ) -> tuple[Tensor, Saved]:
-        """y and, if `keep`, what backward needs, without recording gradients."""
+        """y and, if `keep`, what backward needs, without recording gradients. may_pack: see `LeafBinder.bind`."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            leaves = self._bind(tensors, matrix_dtype)
+            leaves = self._bind(tensors, matrix_dtype, may_pack)
             return self.emitted.forward(self._runtime(x.device, keep), x, ids, w, leaves)
 
     def run_backward(
@@ -131,14 +136,36 @@ class CompiledRegion:
         matrix_dtype: torch.dtype | None,
     ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
         """Gradients of x (None unless needed), w, and the tensors that are wanted."""
+        gx, gw, grads = self.backward_blocks(saved, gy, tensors, wanted, need_x, matrix_dtype)
+        by_name = grads.params
+        return gx, gw, [by_name[name] if want else None for name, want in zip(self.binder.names, wanted)]
+
+    def backward_blocks(
+        self,
+        saved: Saved,
+        gy: Tensor,
+        tensors: list[Tensor],
+        wanted: list[bool],
+        need_x: bool,
+        matrix_dtype: torch.dtype | None,
+        may_pack: bool = True,
+    ) -> tuple[Tensor | None, Tensor, LeafGradients]:
+        """Gradients of x (None unless needed), of w, and of the parameters in blocks."""
         names = self.binder.names
         with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
-            leaves = self._bind(tensors, matrix_dtype)
+            leaves = self._bind(tensors, matrix_dtype, may_pack)
             wanted_names = {name for name, want in zip(names, wanted) if want}
             grads = self.binder.gradients(dict(zip(names, tensors)), wanted_names)
             gx, gw = self.emitted.backward(self._runtime(gy.device), saved, gy, leaves, grads.leaves, need_x)
-            by_name = grads.finish()
-        return gx, gw, [by_name[name] if want else None for name, want in zip(names, wanted)]
+            grads.finish()
+        return gx, gw, grads
+
+    def shapes(
+        self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None, ops: OpTable
+    ) -> tuple[Tensor, Saved]:
+        """What `run_forward` gives, on a table of ops that know shapes and dtypes alone (`moefx.shape_ops`)."""
+        leaves = self._cast(self.binder.shaped(dict(zip(self.binder.names, tensors))), matrix_dtype)
+        return self.emitted.forward(Runtime(ops, torch.device("cpu")), x, ids, w, leaves)
 
     def _runtime(self, device: torch.device, keep: bool = True) -> Runtime:
         ops = ops_for(device.type, self.kernels)

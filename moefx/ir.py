@@ -374,10 +374,9 @@ def chunk_bounds(tokens: int, degree: int) -> list[tuple[int, int]]:
     >>> chunk_bounds(7, 3)
     [(0, 3), (3, 5), (5, 7)]
     """
-    base, more = divmod(tokens, degree)
     edges = [0]
-    for c in range(degree):
-        edges.append(edges[-1] + base + (c < more))
+    for c in range(degree):  # no comparison: a symbolic number of tokens has no branches
+        edges.append(edges[-1] + (tokens + degree - 1 - c) // degree)
     return list(zip(edges, edges[1:]))
 
 

@@ -9,7 +9,7 @@ Parameters stay the user's objects. Three cases, decided per leaf:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -117,15 +117,19 @@ class LeafBinder:
 
     # -------------------------------------------------------------------------------------------- values
 
-    def bind(self, params: dict[str, Tensor]) -> tuple[list[Tensor], list[str]]:
-        """Every leaf as [E, ...] ([1, ...] when shared), without gradient; and notes on what had to be copied."""
+    def bind(self, params: dict[str, Tensor], may_pack: bool = True) -> tuple[list[Tensor], list[str]]:
+        """Every leaf as [E, ...] ([1, ...] when shared), without gradient; and notes on what had to be copied.
+
+        may_pack: whether the parameters may be made views of one buffer; else those that are not are copied.
+        """
         bound: dict[int, Tensor] = {}
         notes = []
         for group in self.groups:
             members = [params[name] for name in group.names]
             if len(members) > 1 and not packed(members):
-                if not packable(members):
-                    notes.append(f"copied at each call, not packable: {group.names[0]} ... {group.names[-1]}")
+                if not may_pack or not packable(members):
+                    why = "not packable" if may_pack else "not packed before"
+                    notes.append(f"copied at each call, {why}: {group.names[0]} ... {group.names[-1]}")
                     bound.update((i, self._copied(i, params)) for i in group.leaves)
                     continue
                 pack(members)
@@ -138,6 +142,12 @@ class LeafBinder:
             notes.append(f"copied at each call, no constant distance between experts: leaf{i}")
             bound[i] = self._copied(i, params)
         return [bound[i] for i in range(len(self.leaves))], notes
+
+    def shaped(self, params: dict[str, Tensor]) -> list[Tensor]:
+        """Empty tensors of the shapes and dtypes that `bind` gives: what a run on shapes alone needs."""
+        return [
+            params[leaf.params[0]].new_empty(self._lattice(i, 0).shape) for i, leaf in enumerate(self.leaves)
+        ]
 
     def _lattice(self, i: int, member_numel: int) -> Lattice:
         """Where leaf i lies in its group's storage of [members, member_numel]."""
@@ -164,35 +174,46 @@ class LeafBinder:
 
     # -------------------------------------------------------------------------------------------- gradients
 
+    def blocks(self, params: Mapping[str, Tensor], wanted: set[str]) -> list[tuple[str, ...]]:
+        """The parameters whose gradients are made together, as one tensor [n, *shape]: those `wanted` and their kind."""
+        together = self._together(params, wanted)
+        names = {name: None for group in together for name in group.names}
+        apart = {n: None for i in self._apart(together, wanted) for n in self.leaves[i].params if n not in names}
+        return [group.names for group in together] + [(name,) for name in apart]
+
+    def _together(self, params: Mapping[str, Tensor], wanted: set[str]) -> list[Group]:
+        """The groups whose parameters are alike."""
+
+        def alike(group: Group) -> bool:
+            first, *rest = (params[name] for name in group.names)
+            return all(m.shape == first.shape and m.dtype == first.dtype for m in rest)
+
+        return [group for group in self.groups if not wanted.isdisjoint(group.names) and alike(group)]
+
+    def _apart(self, together: list[Group], wanted: set[str]) -> list[int]:
+        """Leaves that the blocks of the groups have no place for."""
+        placed = {i for group in together for i in group.leaves}
+        return [i for i, leaf in enumerate(self.leaves) if i not in placed and not wanted.isdisjoint(leaf.params)]
+
     def gradients(self, params: dict[str, Tensor], wanted: set[str]) -> LeafGradients:
         """Buffers for the gradients of the parameters `wanted`."""
-        result = LeafGradients([None] * len(self.leaves), {}, [])
-        loose = list(self.loose)
-        for group in self.groups:
-            members = [params[name] for name in group.names]
-            if wanted.isdisjoint(group.names):
-                continue
-            if any(m.shape != members[0].shape or m.dtype != members[0].dtype for m in members):
-                loose += group.leaves
-                continue
-            size = members[0].numel()
-            lattices = {i: self._lattice(i, size) for i in group.leaves}
+        result = LeafGradients([None] * len(self.leaves), [], [])
+        together = self._together(params, wanted)
+        loose = self._apart(together, wanted)
+        for group in together:
+            first, members = params[group.names[0]], len(group.names)
+            lattices = {i: self._lattice(i, first.numel()) for i in group.leaves}
             direct = self._disjoint(lattices)
-            filled = sum(numel(lattices[i].shape) for i in direct) == size * len(members)
-            buffer = members[0].new_empty((len(members), *members[0].shape)) if filled else None
-            if buffer is None:
-                buffer = members[0].new_zeros((len(members), *members[0].shape))
+            filled = sum(numel(lattices[i].shape) for i in direct) == first.numel() * members
+            buffer = (first.new_empty if filled else first.new_zeros)((members, *first.shape))
             for i in direct:
-                result.leaves[i] = self._view(i, buffer, size, 0)
+                result.leaves[i] = self._view(i, buffer, first.numel(), 0)
             loose += [i for i in group.leaves if i not in direct]
-            result.params.update(zip(group.names, buffer))
+            result.blocks.append((group.names, buffer))
+        for names in self.blocks(params, wanted)[len(together) :]:
+            like = params[names[0]]
+            result.blocks.append((names, torch.zeros((1, *like.shape), dtype=like.dtype, device=like.device)))
         for i in loose:
-            names = set(self.leaves[i].params)
-            if wanted.isdisjoint(names):
-                continue
-            for name in names - result.params.keys():
-                like = params[name]
-                result.params[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
             first = params[self.leaves[i].params[0]]
             shape = self._lattice(i, 0).shape
             temporary = torch.zeros(shape, dtype=first.dtype, device=first.device)
@@ -210,11 +231,16 @@ class LeafBinder:
 
 @dataclass(frozen=True)
 class LeafGradients:
-    """leaves: where the gradient of each leaf goes (None: nobody wants it); params: each parameter's gradient."""
+    """leaves: where the gradient of each leaf goes (None: nobody wants it); blocks: see `LeafBinder.blocks`."""
 
     leaves: list[Tensor | None]
-    params: dict[str, Tensor]
+    blocks: list[tuple[tuple[str, ...], Tensor]]
     pending: list[tuple[Tensor, list[Tensor]]]
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Each parameter's gradient, a view of its block."""
+        return {name: piece for names, block in self.blocks for name, piece in zip(names, block)}
 
     def finish(self) -> dict[str, Tensor]:
         """Adds what was computed apart; the gradients by parameter name."""

@@ -30,6 +30,7 @@ NOT_VOCABULARY = {
     "moefx.hf",
     "moefx.runtime",
     "moefx.compiled",
+    "moefx.region_op",
 } | ASSEMBLY
 
 
