@@ -17,205 +17,59 @@ the routing weights need it. Gathered rows and segment results are made again.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
-from moefx.errors import PlanError
+from moefx.passes._launches import (
+    EPILOGUE,
+    HOME,
+    Chunk,
+    Gradients,
+    check,
+    consumers,
+    experts_backward,
+    experts_forward,
+    guarded,
+    late,
+    needs_h,
+    result_of,
+    saved_of_chunk,
+    values_of,
+    with_events,
+    with_frees,
+    with_uses,
+)
+
 from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph, issue_order
-from moefx.segments import Linear, Segment, steps, x_value
-
-# The lane of the caller's own stream: here a plan begins and ends.
-HOME = "compute"
-
-# ------------------------------------------------------------------------------------------------ launches of a chunk
-
-
-@dataclass
-class _Chunk:
-    """Builds the launches of one chunk, task by task. `_` as an out is a value that nobody needs."""
-
-    region: Region
-    chunk: int
-    degree: int
-    one_lane: bool = False
-    launches: dict[str, list[Launch]] = field(default_factory=dict)
-
-    def name(self, base: str) -> str:
-        return base if self.degree == 1 else f"{base}_{self.chunk}"
-
-    def names(self, bases: Iterable[str]) -> tuple[str, ...]:
-        return tuple(self.name(b) for b in bases)
-
-    def launch(self, kind: str, op: str, outs: Iterable[str], args: Iterable[Any]) -> None:
-        task = f"{kind}_{self.chunk}"
-        outs = tuple("_" if out == "_" else self.name(out) for out in outs)
-        self.launches.setdefault(task, []).append(Launch(task, "", op, outs, tuple(args)))
-
-    def slices(self, kind: str, tensors: Iterable[str]) -> None:
-        """This chunk's tokens of whole tensors."""
-        if self.degree > 1:
-            for tensor in tensors:
-                self.launch(kind, "slice", (tensor,), (tensor, self.chunk))
-
-    def gather(self, kind: str) -> None:
-        w = self.name("w") if self.region.weight_position == "input" else None
-        rows = f"v{x_value(self.region.template)}"
-        args = (self.name("x"), self.name("order"), self.region.top_k, self.name("offsets"), w)
-        self.launch(kind, "gather_rows", (rows,), args)
-
-    def offsets_of(self, leaf: int) -> str:
-        """Where the rows of each member of a leaf end; a shared leaf has one member with all rows."""
-        offsets = self.name("offsets")
-        return f"{offsets}[::{self.region.experts}].contiguous()" if self.region.leaves[leaf].shared else offsets
-
-    def segment(self, kind: str, step: Segment) -> None:
-        args = (*self.reads(step), self.name("offsets"))
-        self.launch(kind, step.name, (f"v{i}" for i in step.outputs), args)
-
-    def reads(self, step: Segment) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """A segment's inputs and its vector leaves."""
-        return self.names(f"v{i}" for i in step.inputs), tuple(f"leaf{i}" for i in step.leaves)
-
-
-def _result(region: Region) -> int:
-    return len(region.template.instrs) - 1
-
-
-def _needs_h(region: Region) -> bool:
-    """The gradient of routing weights on the output is <gy, h>."""
-    return region.weight_position == "output"
-
-
-def _consumers(region: Region) -> dict[int, int]:
-    """How many steps read each value; the result is read by combine as well."""
-    count = dict.fromkeys(range(len(region.template.instrs)), 0)
-    count[_result(region)] = 1
-    for step in steps(region.template):
-        for value in step.inputs if isinstance(step, Segment) else (step.rows,):
-            count[value] += 1
-    return count
-
-
-def _feeding(region: Region) -> dict[Segment, list[Linear]]:
-    """Segments that read linears of the same rows and nothing else, which nothing else reads: one launch runs both."""
-    program, readers = steps(region.template), _consumers(region)
-    linears = {step.value: step for step in program if isinstance(step, Linear)}
-    result = {}
-    for step in program:
-        if isinstance(step, Segment) and step.inputs and all(i in linears and readers[i] == 1 for i in step.inputs):
-            feeding = [linears[i] for i in step.inputs]
-            if len({linear.rows for linear in feeding}) == 1 and not any(region.leaves[f.leaf].shared for f in feeding):
-                result[step] = feeding
-    return result
-
-
-def _gathering(region: Region, feeding: dict[Segment, list[Linear]]) -> Segment | None:
-    """The segment whose linears alone read the tokens' rows: they gather them on the way, and no permuted copy is made."""
-    x, readers = x_value(region.template), _consumers(region)
-    if region.weight_position == "input":
-        return None
-    return next((s for s, linears in feeding.items() if linears[0].rows == x and readers[x] == len(linears)), None)
-
-
-def _saved_of_chunk(region: Region) -> list[str]:
-    """Base names of what one chunk's forward saves."""
-    program = steps(region.template)
-    values = {i for step in program if isinstance(step, Segment) for i in step.inputs}
-    products = {step.value for step in program if isinstance(step, Linear)}
-    values |= {
-        step.rows for step in program if isinstance(step, Linear)
-    } & products  # a product of a product: no segment remakes it
-    if _needs_h(region) and region.template.instrs[_result(region)].kind == "linear":
-        values.add(_result(region))
-    values.discard(x_value(region.template))
-    return ["order", "offsets", "position", *(f"v{i}" for i in sorted(values))]
+from moefx.segments import Segment, steps, x_value
 
 
 def _saved(region: Region, degree: int) -> tuple[str, ...]:
-    chunks = [_Chunk(region, c, degree) for c in range(degree)]
-    return ("x", "w", *(name for chunk in chunks for name in chunk.names(_saved_of_chunk(region))))
+    chunks = [Chunk(region, c, degree) for c in range(degree)]
+    return ("x", "w", *(name for chunk in chunks for name in chunk.names(saved_of_chunk(region))))
 
 
-def _forward(chunk: _Chunk) -> None:
+def _forward(chunk: Chunk) -> None:
     region = chunk.region
     routing = ("order", "offsets", "position")
     chunk.slices("route", ("x", "ids", "w"))
     chunk.launch("route", "route", routing, (chunk.name("ids"), region.experts))
-    feeding = _feeding(region)
-    on_the_way = _gathering(region, feeding) if chunk.one_lane else None  # else dispatch runs beside other experts
-    if on_the_way is None:
-        chunk.gather("dispatch")
-    fused = {linear for linears in feeding.values() for linear in linears}
-    for step in steps(region.template):
-        if isinstance(step, Segment) and step in feeding:
-            linears = feeding[step]
-            weights = tuple(f"leaf{linear.leaf}" for linear in linears)
-            args: tuple[Any, ...] = (chunk.name(f"v{linears[0].rows}"), weights, chunk.reads(step)[1], chunk.name("offsets"))
-            if step == on_the_way:
-                args = (chunk.name("x"), *args[1:], chunk.name("order"), region.top_k)
-            chunk.launch("experts", f"{step.name}.linear", (f"v{i}" for i in (*step.inputs, *step.outputs)), args)
-        elif isinstance(step, Segment):
-            chunk.segment("experts", step)
-        elif step not in fused:
-            args_l = (chunk.name(f"v{step.rows}"), f"leaf{step.leaf}", chunk.offsets_of(step.leaf))
-            chunk.launch("experts", "grouped_linear", (f"v{step.value}",), args_l)
-    w = chunk.name("w") if _needs_h(region) else None
+    experts_forward(chunk)
+    w = chunk.name("w") if needs_h(region) else None
     made = "routed" if region.identity else "y"
-    args_h = (chunk.name(f"v{_result(region)}"), chunk.name("position"), w, "x.dtype")
+    args_h = (chunk.name(f"v{result_of(region)}"), chunk.name("position"), w, "x.dtype")
     chunk.launch("combine", "combine", (made,), args_h)
     if region.identity:
         chunk.launch("combine", "identity_add", ("y",), chunk.names(("routed", "x", "position", "w")))
 
 
-@dataclass
-class _Gradients:
-    """Collects what flows back into each value and each leaf of a chunk."""
-
-    chunk: _Chunk
-    consumers: dict[int, int]
-    parts: dict[int, list[str]] = field(default_factory=dict)
-    written: set[int] = field(default_factory=set)
-
-    def part(self, value: int) -> str:
-        """Base name for the next contribution to the gradient of `value`."""
-        have = self.parts.setdefault(value, [])
-        have.append(f"g{value}" if self.consumers[value] == 1 else f"g{value}{'abcdefghijklmnopqrstuvwxyz'[len(have)]}")
-        return have[-1]
-
-    def total(self, value: int) -> str:
-        """The name of the summed gradient of `value`."""
-        parts = self.parts[value]
-        if len(parts) > 1:
-            self.chunk.launch("d_experts", "add", (f"g{value}",), self.chunk.names(parts))
-        return self.chunk.name(f"g{value}")
-
-    def is_first(self, leaf: int) -> bool:
-        """Whether nothing has been put into the leaf's gradient: the first share is written, later ones are added."""
-        first = self.chunk.chunk == 0 and leaf not in self.written
-        self.written.add(leaf)
-        return first
-
-    def into_matrix(self, step: Linear, g: str) -> None:
-        op = "grouped_wgrad" if self.is_first(step.leaf) else "grouped_wgrad_add"
-        args = (self.chunk.name(f"v{step.rows}"), g, self.chunk.offsets_of(step.leaf), f"dleaf{step.leaf}")
-        self.chunk.launch("w_experts", op, (), args)
-
-    def into_vector(self, leaf: int) -> None:
-        op = "write" if self.is_first(leaf) else "add_into"
-        self.chunk.launch("w_experts", op, (), (f"dleaf{leaf}", self.chunk.name(f"s{leaf}")))
-
-
-def _backward(chunk: _Chunk) -> None:
+def _backward(chunk: Chunk) -> None:
     region, program = chunk.region, steps(chunk.region.template)
-    x_rows, result = x_value(region.template), _result(region)
-    remade = {f"v{step.rows}" for step in program if isinstance(step, Linear)}.difference(_saved_of_chunk(region))
-    gradients = _Gradients(chunk, _consumers(region))
+    x_rows, result = x_value(region.template), result_of(region)
+    gradients = Gradients(chunk, consumers(region))
     chunk.slices("d_combine", ("gy", "x", "w"))
     chunk.gather("d_combine")
-    if _needs_h(region):
+    if needs_h(region):
         if program and isinstance(program[-1], Segment):
             chunk.segment("d_combine", program[-1])
         args_h = chunk.names(("gy", f"v{result}", "order", "position", "offsets", "w"))
@@ -225,27 +79,11 @@ def _backward(chunk: _Chunk) -> None:
         args_g = (chunk.name("gy"), chunk.name("order"), region.top_k, chunk.name("offsets"), None)
         chunk.launch("d_combine", "gather_rows", (gradients.part(result),), args_g)
 
-    for step in reversed(program):
-        if isinstance(step, Linear):
-            g = gradients.total(step.value)
-            args = (g, f"leaf{step.leaf}.transpose(1, 2)", chunk.offsets_of(step.leaf))
-            chunk.launch("d_experts", "grouped_linear", (gradients.part(step.rows),), args)
-            gradients.into_matrix(step, g)
-            continue
-        gs = tuple(gradients.total(value) for value in step.outputs)
-        again = [f"v{i}" if f"v{i}" in remade else "_" for i in step.outputs]
-        outs = [*again, *(gradients.part(i) for i in step.inputs), *(f"s{i}" for i in step.leaves)]
-        chunk.launch("d_experts", f"{step.name}.vjp", outs, (*chunk.reads(step), chunk.name("offsets"), gs))
-        for leaf in step.leaves:
-            gradients.into_vector(leaf)
-
-    parts = gradients.parts[x_rows]
-    if len(parts) > 1:
-        chunk.launch("d_dispatch", "add", (f"g{x_rows}",), chunk.names(parts))
+    experts_backward(chunk, gradients)
     gx, gw = ("gx_rows", "gw_h") if region.identity else ("gx", "gw")
-    w = None if _needs_h(region) else chunk.name("w")
+    w = None if needs_h(region) else chunk.name("w")
     args_x = (*chunk.names((f"g{x_rows}", "x", "position", "order", "offsets")), w)
-    chunk.launch("d_dispatch", "rows_backward", (gx, "_" if _needs_h(region) else gw), args_x)
+    chunk.launch("d_dispatch", "rows_backward", (gx, "_" if needs_h(region) else gw), args_x)
     if region.identity:
         chunk.launch("d_dispatch", "identity_backward", ("gx_id", "gw_id"), chunk.names(("gy", "x", "position", "w")))
         chunk.launch("d_dispatch", "add", ("gx",), chunk.names(("gx_rows", "gx_id")))
@@ -260,7 +98,7 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
     forward = graph.phase == "forward"
     by_task: dict[str, list[Launch]] = {}
     for c in range(graph.degree):
-        chunk = _Chunk(region, c, graph.degree, one_lane=len(schedule.lanes) == 1)
+        chunk = Chunk(region, c, graph.degree, one_lane=len(schedule.lanes) == 1)
         (_forward if forward else _backward)(chunk)
         by_task.update(chunk.launches)
 
@@ -268,20 +106,20 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
     launches = [replace(x, lane=lane) for lane, task in issue_order(schedule, graph) for x in by_task.get(task, [])]
     if len(lanes) == 1:  # chunk by chunk
         chunks = groupby(launches, key=lambda x: graph[x.task].chunk)
-        launches = [x for _, chunk_launches in chunks for x in _late(list(chunk_launches), region)]
-    launches = _with_events(launches, graph, schedule)
+        launches = [x for _, chunk_launches in chunks for x in late(list(chunk_launches), region)]
+    launches = with_events(launches, graph, schedule)
     outputs = ("y",) if forward else ("gx", "gw")
     saved = _saved(region, graph.degree) if forward else ()
     leaves = tuple(f"leaf{i}" for i in range(len(region.leaves)))
     if len(lanes) > 1:
-        launches.append(Launch("join", HOME, "join", (), ()))
+        launches.append(Launch(EPILOGUE, HOME, "join", (), ()))
     if graph.degree > 1:
         parts = [tuple(f"{out}_{c}" for c in range(graph.degree)) for out in outputs]
-        launches += [Launch("join", HOME, "cat", (out,), args) for out, args in zip(outputs, parts)]
+        launches += [Launch(EPILOGUE, HOME, "cat", (out,), args) for out, args in zip(outputs, parts)]
     if not forward:
-        launches = _guarded(launches)
-    launches = _with_uses(launches, keep={*outputs, *saved})
-    launches = _with_frees(launches, keep={*outputs, *saved})
+        launches = guarded(launches)
+    launches = with_uses(launches, keep={*outputs, *saved})
+    launches = with_frees(launches, keep={*outputs, *saved})
     inputs = ("x", "ids", "w", *leaves)
     if not forward:
         inputs = (*_saved(region, graph.degree), "gy", *leaves, *(f"d{leaf}" for leaf in leaves))
@@ -290,123 +128,4 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
     return plan
 
 
-def values_of(launch: Launch) -> list[str]:
-    """Names of the values that a launch reads."""
-
-    def expressions(arg: Any) -> list[str]:
-        if isinstance(arg, tuple):
-            return [e for a in arg for e in expressions(a)]
-        return [arg] if isinstance(arg, str) else []
-
-    return [re.match(r"\w+", e).group() for e in expressions(launch.args)]  # type: ignore[union-attr]
-
-
-def _late(launches: list[Launch], region: Region) -> list[Launch]:
-    """The launches of one chunk on one lane in an order that holds few row-sized values at once: from the end backwards,
-    always the one before which least is held. Dependencies stay: values, and shares added to one gradient."""
-    instrs = region.template.instrs
-
-    def width(value: str) -> int:
-        """Features of a row of the value; 0 for what is small or held anyway."""
-        found = re.match(r"[vg](\d+)", value)
-        return instrs[int(found.group(1))].width if found else 0
-
-    made = {out: n for n, x in enumerate(launches) for out in x.outs if out != "_"}
-    reads = [dict.fromkeys(v for v in values_of(x) if v in made) for x in launches]
-    after: list[set[int]] = [set() for _ in launches]  # what must come later
-    sums: dict[str, int] = {}
-    for n, x in enumerate(launches):
-        for value in reads[n]:
-            if made[value] != n:
-                after[made[value]].add(n)
-        for leaf in (v for v in values_of(x) if v.startswith("dleaf")):
-            if leaf in sums:
-                after[sums[leaf]].add(n)
-            sums[leaf] = n
-    placed: list[int] = []
-    live: set[str] = set()
-
-    def held_before(n: int) -> tuple[int, int]:
-        values = (live - set(launches[n].outs)) | set(reads[n])
-        return sum(width(v) for v in values), -n
-
-    while len(placed) < len(launches):
-        ready = [n for n in range(len(launches)) if n not in placed and after[n].issubset(placed)]
-        n = min(ready, key=held_before)
-        live = (live - set(launches[n].outs)) | set(reads[n])
-        placed.append(n)
-    return [launches[n] for n in reversed(placed)]
-
-
-def _with_events(launches: list[Launch], graph: TaskGraph, schedule: Schedule) -> list[Launch]:
-    """A task waits for its dependencies on other lanes before its first launch; those are recorded after their last."""
-    lane = {task: name for name, tasks in schedule.lanes for task in tasks}
-    waits = {t.name: tuple(d for d in t.deps if lane[d] != lane[t.name]) for t in graph.tasks}
-    awaited = {d for deps in waits.values() for d in deps}
-    first = {x.task: n for n, x in reversed(list(enumerate(launches)))}
-    last = {x.task: n for n, x in enumerate(launches)}
-    return [
-        replace(
-            x,
-            waits=waits[x.task] if n == first[x.task] else (),
-            records=x.task if n == last[x.task] and x.task in awaited else "",
-        )
-        for n, x in enumerate(launches)
-    ]
-
-
-def _with_uses(launches: list[Launch], keep: set[str]) -> list[Launch]:
-    """Names, at each task's first launch, the values of other lanes that its lane holds from there on.
-
-    An allocator that reuses memory stream by stream has to know. What outlives the plan is held by the lane HOME.
-    """
-    made = {out: x.lane for x in launches if x.op != "slice" for out in x.outs}
-    held: set[tuple[str, str]] = set()
-    result = list(launches)
-    for n, first in enumerate(launches):
-        if n and launches[n - 1].task == first.task:
-            continue
-        task = [x for x in launches if x.task == first.task]
-        needs = [v for x in task for v in values_of(x)] + (sorted(keep) if first.task == "join" else [])
-        foreign = [v for v in dict.fromkeys(needs) if made.get(v, first.lane) != first.lane]
-        other = [v for v in foreign if (v, first.lane) not in held]
-        held.update((v, first.lane) for v in other)
-        result[n] = replace(first, uses=tuple(other))
-    return result
-
-
-def _with_frees(launches: list[Launch], keep: set[str]) -> list[Launch]:
-    """Frees every row-sized value after its last use."""
-    made = {out for x in launches for out in x.outs if re.match(r"[vgs]\d", out)}
-    last = {value: n for n, x in enumerate(launches) for value in values_of(x) if value in made - keep}
-    ends: dict[int, list[str]] = {}
-    for value, n in last.items():
-        ends.setdefault(n, []).append(value)
-    return [replace(x, frees=tuple(ends.get(n, ()))) for n, x in enumerate(launches)]
-
-
-def _guarded(launches: list[Launch]) -> list[Launch]:
-    """Marks the launches that only the gradient of x needs with the guard `need_x`."""
-    needed = {"gw"}
-    result = []
-    for x in reversed(launches):
-        if x.outs and needed.isdisjoint(x.outs):
-            result.append(replace(x, guard="need_x"))
-        else:
-            needed.update(values_of(x))
-            result.append(x)
-    return result[::-1]
-
-
-def check(plan: Plan) -> None:
-    """Every value is made before it is read, every event recorded before it is awaited; else PlanError."""
-    made, recorded = set(plan.inputs), set[str]()
-    for x in plan.launches:
-        if missing := [v for v in values_of(x) if v not in made]:
-            raise PlanError(f"launch {x} reads {', '.join(missing)} before it is made")
-        if early := [e for e in x.waits if e not in recorded]:
-            raise PlanError(f"launch {x} waits for {', '.join(early)} before it is recorded")
-        made.update(x.outs)
-        recorded.add(x.records)
-    if missing := [v for v in (*plan.outputs, *plan.saved) if v not in made]:
-        raise PlanError(f"plan {plan.phase} ends without {', '.join(missing)}")
+__all__ = ["check", "lower", "values_of"]
