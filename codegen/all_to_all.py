@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ Peers = dict[int, Tensor]  # rank -> rows for it, or from it
 # Messages of one exchange have tags of their own: this many, and then the next exchange's.
 TAGS = 4
 LAST_TAG = 2**30
+MOMENT_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,14 @@ class Messages:
 
     def __init__(self, group: dist.ProcessGroup, sends: Peers, receives: Peers, tag: int) -> None:
         self.group = group
-        self._works: list[tuple[int, str, dist.Work]] = []  # the peer, what it does not do if this fails
+        self._works: list[tuple[int | None, str, dist.Work]] = []  # whose part it is, and what it is; None: all of it
         self._failed: dict[int, str] = {}
+        posts: list[tuple[str, Callable[..., Any], int, Tensor]]
         posts = [("sends", dist.irecv, peer, t) for peer, t in receives.items() if t.numel()]
         posts += [("takes", dist.isend, peer, t) for peer, t in sends.items() if t.numel()]
         if any(t.is_cuda for *_, t in posts):
             operations = [dist.P2POp(post, t, group=group, group_peer=peer, tag=tag) for _, post, peer, t in posts]
-            self._works = [(-1, "", work) for work in dist.batch_isend_irecv(operations)]
+            self._works = [(None, "", work) for work in dist.batch_isend_irecv(operations)]
             return
         for verb, post, peer, t in posts:
             to = {"group_src" if post is dist.irecv else "group_dst": peer}
@@ -148,26 +151,29 @@ class Messages:
 
     def wait(self) -> None:
         """Return when all have passed; CommunicationError names the peers that failed within the group's timeout."""
-        deadline = time.monotonic() + timeout_s(self.group)
+        deadline = time.monotonic() + (timeout_s(self.group) if self._works else 0.0)
         for peer, verb, work in self._works:
-            if peer < 0:
+            if peer is None:
                 work.wait()  # the current stream waits
                 continue
-            # After a failure the others have a moment to show whether they failed too.
-            left = max(deadline - time.monotonic(), 0.001) if not self._failed else 0.1
+            left = max(deadline - time.monotonic(), 0.001)
             try:
                 work.wait(timedelta(seconds=left))
             except RuntimeError as error:
-                self._failed.setdefault(peer, f"{verb} nothing: {error}")
+                # After one failure the others have a moment to show whether they failed too, but are not blamed for it.
+                in_time = not self._failed or time.monotonic() < deadline
+                if in_time:
+                    self._failed.setdefault(peer, f"{verb} nothing: {error}")
+                deadline = time.monotonic() + MOMENT_S
         if self._failed:
-            text = "; ".join(f"rank {peer} {reason}" for peer, reason in self._failed.items())
-            own, ranks = self.group.rank(), self.group.size()
-            raise CommunicationError(f"rank {own} of {ranks} cannot exchange rows: {text}", list(self._failed))
+            failed = {dist.get_global_rank(self.group, peer): reason for peer, reason in self._failed.items()}
+            text = "; ".join(f"rank {peer} {reason}" for peer, reason in failed.items())
+            raise CommunicationError(f"rank {dist.get_rank()} cannot exchange rows: {text}", list(failed))
 
 
 def timeout_s(group: dist.ProcessGroup) -> float:
     """Seconds after which the group's messages fail."""
-    seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    seconds: float = group._get_backend(group._device_types[0]).options._timeout.total_seconds()
     return seconds
 
 
@@ -179,26 +185,12 @@ class Arriving:
     """Rows that messages bring to their places in `rows`."""
 
     rows: Tensor
-    messages: Sequence[Messages]
+    messages: Sequence[Messages | dist.Work]
 
     def wait(self) -> Tensor:
         for messages in self.messages:
             messages.wait()
         return self.rows
-
-
-class Direct:
-    """One message for each pair of ranks, all at once."""
-
-    def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
-        self.group = group
-
-    def start(
-        self, send: Tensor, sent_rows: Rows, received_rows: Rows, all_rows: Sequence[Rows] | None = None
-    ) -> Pending:
-        check_rows(self.group, send, sent_rows, received_rows)
-        rows, sends, receives = in_place(self.group, send, sent_rows, received_rows)
-        return Arriving(rows, [Messages(self.group, sends, receives, next_tag(self.group))])
 
 
 def in_place(
@@ -213,4 +205,188 @@ def in_place(
     return rows, {peer: leaving[peer] for peer in others}, {peer: arriving[peer] for peer in others}
 
 
+class Direct:
+    """One message for each pair of ranks, all at once."""
+
+    def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
+        self.group = group
+        connect(group)
+
+    def start(
+        self, send: Tensor, sent_rows: Rows, received_rows: Rows, all_rows: Sequence[Rows] | None = None
+    ) -> Pending:
+        check_rows(self.group, send, sent_rows, received_rows)
+        if send.is_cuda:
+            rows = send.new_empty(sum(received_rows), send.shape[1])
+            splits = list(received_rows), list(sent_rows)
+            return Arriving(rows, [dist.all_to_all_single(rows, send, *splits, group=self.group, async_op=True)])
+        rows, sends, receives = in_place(self.group, send, sent_rows, received_rows)
+        return Arriving(rows, [Messages(self.group, sends, receives, next_tag(self.group))])
+
+
+class Pipe:
+    """Pipe-A2A (ScheMoE, EuroSys 2024): the messages within the node and those between nodes go at once, on two channels.
+
+    With n nodes of m ranks, t1 and t2 seconds a message within and between: max(m t1, (P-m) t2) instead of their sum. The
+    channel within the node is a group of its own: with CUDA a communicator with its own stream.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
+        self.group = self._near = group
+        # A rank of this node -> its number in the channel's group, where global ranks ascend.
+        mates = topology.members(topology.nodes[group.rank()])
+        self._mates = {mate: mate for mate in mates}
+        if 1 < len(mates) < group.size():
+            ranks = sorted(dist.get_global_rank(group, mate) for mate in mates)
+            self._mates = {mate: ranks.index(dist.get_global_rank(group, mate)) for mate in mates}
+            self._near = dist.new_group(ranks, timedelta(seconds=timeout_s(group)), use_local_synchronization=True)
+            connect(self._near)
+        connect(group)
+
+    def start(
+        self, send: Tensor, sent_rows: Rows, received_rows: Rows, all_rows: Sequence[Rows] | None = None
+    ) -> Pending:
+        check_rows(self.group, send, sent_rows, received_rows)
+        rows, sends, receives = in_place(self.group, send, sent_rows, received_rows)
+        tag = next_tag(self.group)
+        between = Messages(self.group, self._outside(sends), self._outside(receives), tag)
+        within = Messages(self._near, self._inside(sends), self._inside(receives), tag)
+        return Arriving(rows, [within, between])
+
+    def _outside(self, peers: Peers) -> Peers:
+        return {peer: rows for peer, rows in peers.items() if peer not in self._mates}
+
+    def _inside(self, peers: Peers) -> Peers:
+        return {self._mates[peer]: rows for peer, rows in peers.items() if peer in self._mates}
+
+
+class Hierarchical:
+    """First within the node, then between nodes: n-1 messages leave a rank's node instead of P-m, each m times as large.
+
+    Rank i of a node gathers from its mates all rows for the ranks that are number i of theirs, and forwards them. A node
+    with fewer ranks than another forwards for several: number j is served by rank j mod m. Receivers put the rows in order.
+    Without `all_rows`, mates first tell each other how many rows they will send; on CUDA the host then waits for these.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
+        self.group = group
+        connect(group)
+        own, ranks = group.rank(), range(group.size())
+        nodes = [topology.members(node) for node in range(max(topology.nodes) + 1)]
+        number = [nodes[topology.nodes[rank]].index(rank) for rank in ranks]
+        self._mates = nodes[topology.nodes[own]]
+        # duties[f]: the ranks that mate f forwards to, itself among them.
+        size = len(self._mates)
+        self._duties = {f: [d for d in ranks if number[d] % size == number[f]] for f in self._mates}
+        # forwarders[f]: the ranks whose rows come here through f, a rank of another node.
+        others = [node for node in nodes if own not in node]
+        self._forwarders = {node[number[own] % len(node)]: node for node in others}
+        self._stream = torch.cuda.Stream() if dist.get_backend(group) == "nccl" else None
+
+    def start(
+        self, send: Tensor, sent_rows: Rows, received_rows: Rows, all_rows: Sequence[Rows] | None = None
+    ) -> Pending:
+        check_rows(self.group, send, sent_rows, received_rows)
+        tag = next_tag(self.group)
+        return later(lambda: self._run(send, sent_rows, received_rows, all_rows, tag), send, self._stream)
+
+    def _run(
+        self, send: Tensor, sent_rows: Rows, received_rows: Rows, all_rows: Sequence[Rows] | None, tag: int
+    ) -> Tensor:
+        own, width = self.group.rank(), send.shape[1]
+        leaving = send.split(list(sent_rows))
+        duties = self._duties[own]
+        if all_rows is None:
+            counts = self._counts(send, sent_rows, tag)
+        else:
+            counts = {mate: [all_rows[mate][d] for d in duties] for mate in self._mates}
+
+        parts = {f: torch.cat([leaving[d] for d in self._duties[f]]) for f in self._mates}
+        within = {mate: send.new_empty(sum(counts[mate]), width) for mate in self._mates}
+        within[own] = parts[own]
+        Messages(self.group, without(parts, own), without(within, own), tag + 1).wait()
+        held = {mate: dict(zip(duties, within[mate].split(counts[mate]))) for mate in self._mates}
+
+        forwarded = {d: torch.cat([held[mate][d] for mate in self._mates]) for d in duties if d != own}
+        between = {
+            f: send.new_empty(sum(received_rows[s] for s in node), width) for f, node in self._forwarders.items()
+        }
+        Messages(self.group, forwarded, between, tag + 2).wait()
+        rows = {mate: held[mate][own] for mate in self._mates}
+        for f, node in self._forwarders.items():
+            rows |= dict(zip(node, between[f].split([received_rows[s] for s in node])))
+        return torch.cat([rows[source] for source in range(self.group.size())])
+
+    def _counts(self, send: Tensor, sent_rows: Rows, tag: int) -> dict[int, list[int]]:
+        """counts[mate][i]: the rows that a mate has for the i-th of the ranks that this rank forwards to."""
+        own = self.group.rank()
+        tell = {
+            f: torch.tensor([sent_rows[d] for d in duties], device=send.device) for f, duties in self._duties.items()
+        }
+        told = {mate: torch.empty_like(tell[own]) for mate in self._mates}
+        told[own] = tell[own]
+        Messages(self.group, without(tell, own), without(told, own), tag).wait()
+        return {mate: counts.tolist() for mate, counts in told.items()}
+
+
+def without(peers: Peers, own: int) -> Peers:
+    return {peer: rows for peer, rows in peers.items() if peer != own}
+
+
+def connect(group: dist.ProcessGroup) -> None:
+    """NCCL sets up a group's connections in its first call, which must then be one of all ranks."""
+    if dist.get_backend(group) == "nccl":
+        dist.barrier(group)
+
+
+# ------------------------------------------------------------------------------------------------ several steps
+
+
+def later(steps: Callable[[], Tensor], send: Tensor, stream: torch.cuda.Stream | None) -> Pending:
+    """Run steps beside the caller: in a thread on the CPU; on CUDA they are enqueued now, on a stream of their own."""
+    return InThread(steps) if stream is None else OnStream(steps, send, stream)
+
+
+class InThread:
+    """Steps of an exchange, each of which waits for the one before. Every wait inside ends within the group's timeout."""
+
+    def __init__(self, steps: Callable[[], Tensor]) -> None:
+        self._steps = steps
+        self._outcome: Tensor | BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="all-to-all")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._steps()
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`
+            self._outcome = error
+
+    def wait(self) -> Tensor:
+        self._thread.join()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+
+class OnStream:
+    """Steps of an exchange on a CUDA stream."""
+
+    def __init__(self, steps: Callable[[], Tensor], send: Tensor, stream: torch.cuda.Stream) -> None:
+        stream.wait_stream(torch.cuda.current_stream(send.device))
+        with torch.cuda.stream(stream):
+            send.record_stream(stream)
+            self._rows = steps()
+            self._done = stream.record_event()
+
+    def wait(self) -> Tensor:
+        current = torch.cuda.current_stream(self._rows.device)
+        current.wait_event(self._done)
+        self._rows.record_stream(current)
+        return self._rows
+
+
 ALL_TO_ALLS.register("direct", Direct)
+ALL_TO_ALLS.register("hierarchical", Hierarchical)
+ALL_TO_ALLS.register("pipe", Pipe)

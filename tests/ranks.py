@@ -1,6 +1,6 @@
 """Ranks in processes of one machine: `run_ranks(4, function, *args)` is what `function(*args)` returns on each rank.
 
-The function runs inside an initialised gloo process group, with one torch thread. No process outlives the call: a rank ends
+The function runs inside an initialised process group, with one torch thread. No process outlives the call: a rank ends
 itself when its time is up, and its own tracebacks are part of the error. Function, arguments and results must be
 picklable; the function must be importable, so that one defined inside a test is refused.
 """
@@ -26,9 +26,9 @@ from typing import Any
 GRACE_S = 3.0
 NETNS = 0x40000000  # CLONE_NEWNET
 
-# Forks of one clean process that has torch imported: a rank starts in milliseconds. It ends with this process.
+# Forks of one clean process that has moefx imported: a rank starts in milliseconds. It ends with this process.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torch.distributed"])
+_processes.set_forkserver_preload(["torch.distributed", "moefx.codegen.all_to_all"])
 
 
 class RankError(AssertionError):
@@ -54,13 +54,14 @@ def run_ranks(
     group_timeout_s: float | None = None,
     lost: Collection[int] = (),
     places: Sequence[Place] | None = None,
+    backend: str = "gloo",
 ) -> list[Any]:
     """`function(*args)` on `world` ranks; their results by rank. RankError when one raises, dies or takes too long.
 
     group_timeout_s: the timeout of the process group (default: timeout_s). lost: ranks that are meant to die or to hang; they
-    are ended when all others are done, and their result is None. places: where each rank runs.
+    are ended when all others are done, and their result is None. places: where each rank runs. backend: "gloo" or "nccl".
     """
-    task = pickle.dumps((function, args))
+    task = pickle.dumps((backend, function, args))
     places = places or [Place()] * world
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
@@ -162,9 +163,11 @@ def _run(rank: int, world: int, task: bytes, folder: str, group_s: float) -> Any
     torch.manual_seed(rank)
     at = "env://" if "MASTER_PORT" in os.environ else f"file://{folder}/store"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", init_method=at, rank=rank, world_size=world, timeout=timedelta(seconds=group_s))
+    backend, function, args = pickle.loads(task)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=at, rank=rank, world_size=world, timeout=timedelta(seconds=group_s))
     dist.barrier()  # a rank that dies in the function does not die while others still connect
-    function, args = pickle.loads(task)
     return function(*args)
 
 
