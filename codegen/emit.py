@@ -18,13 +18,14 @@ from moefx.ir import Instr, Launch, LeafRef, Plan, Ref, Region, Template
 from moefx.segments import Segment
 from moefx.segments import steps as steps_of
 
+OUTSIDE = ("prologue", "join")  # tasks of no lane
 _LITERALS = (int, bool, type(None), torch.dtype, torch.memory_format, torch.layout)
 
 
 def emit(region: Region, forward: Plan, backward: Plan, name: str) -> str:
     """The source of `forward(rt, x, ids, w, leaves)` and `backward(rt, saved, gy, leaves, leaf_grads, need_x)`."""
-    if forward.degree != backward.degree:
-        raise PlanError(f"{name}: {forward.degree} forward chunks, {backward.degree} backward; saved values differ")
+    if len(forward.saved) != backward.inputs.index("gy"):
+        raise PlanError(f"{name}: forward saves {len(forward.saved)} values, backward reads {backward.inputs.index('gy')}")
     segments = [step for step in steps_of(region.template) if isinstance(step, Segment)]
     parts = [
         _header(region, forward, backward, name),
@@ -62,7 +63,7 @@ def _lanes(plan: Plan) -> Iterator[str]:
     """The schedule, read back from the plan."""
     yield f"{plan.phase} r={plan.degree}"
     for lane in plan.lanes:
-        tasks = dict.fromkeys(x.task for x in plan.launches if x.lane == lane and x.task != "join")
+        tasks = dict.fromkeys(x.task for x in plan.launches if x.lane == lane and x.task not in OUTSIDE)
         yield f"  {lane}: {' '.join(tasks)}"
 
 
@@ -186,7 +187,7 @@ def _body(plan: Plan) -> Iterator[str]:
         yield f"    {chunks} = rt.chunks({tokens}.shape[0], {plan.degree})"
     for task, launches in groupby(plan.launches, key=lambda x: x.task):
         yield ""
-        if len(plan.lanes) == 1 or task == "join":
+        if len(plan.lanes) == 1 or task in OUTSIDE:
             yield f"    # {task}"
             yield from (f"    {line}" for line in _task(launches))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class CompiledRegion:
     ) -> None:
         self.region, self.graphs, self.schedules, self.plans = region, graphs, schedules, plans
         self.emitted, self.kernels = emitted, kernels
+        self.held = region  # whose leaves are bound and whose segments run: with several ranks, those of this rank's experts
         self.binder = LeafBinder(region.leaves)
         self.handle: str | None = None  # the name by which operators of torch know it (`moefx.region_op`)
         self.delays: Callable[[str], None] | None = None
@@ -108,7 +109,7 @@ class CompiledRegion:
         return self._cast(leaves, matrix_dtype)
 
     def _cast(self, leaves: list[Tensor], matrix_dtype: torch.dtype | None) -> list[Tensor]:
-        dtypes = [leaf.read_as or (matrix_dtype if len(leaf.shape) == 2 else None) for leaf in self.region.leaves]
+        dtypes = [leaf.read_as or (matrix_dtype if len(leaf.shape) == 2 else None) for leaf in self.held.leaves]
         return [value if dtype is None else value.to(dtype) for value, dtype in zip(leaves, dtypes)]
 
     def run_forward(
@@ -124,7 +125,7 @@ class CompiledRegion:
         """y and, if `keep`, what backward needs, without recording gradients. may_pack: see `LeafBinder.bind`."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             leaves = self._bind(tensors, matrix_dtype, may_pack)
-            return self.emitted.forward(self._runtime(x.device, keep), x, ids, w, leaves)
+            return self.emitted.forward(self._runtime(x.device, "forward", keep), x, ids, w, leaves)
 
     def run_backward(
         self,
@@ -156,7 +157,7 @@ class CompiledRegion:
             leaves = self._bind(tensors, matrix_dtype, may_pack)
             wanted_names = {name for name, want in zip(names, wanted) if want}
             grads = self.binder.gradients(dict(zip(names, tensors)), wanted_names)
-            gx, gw = self.emitted.backward(self._runtime(gy.device), saved, gy, leaves, grads.leaves, need_x)
+            gx, gw = self.emitted.backward(self._runtime(gy.device, "backward"), saved, gy, leaves, grads.leaves, need_x)
             grads.finish()
         return gx, gw, grads
 
@@ -167,7 +168,7 @@ class CompiledRegion:
         leaves = self._cast(self.binder.shaped(dict(zip(self.binder.names, tensors))), matrix_dtype)
         return self.emitted.forward(Runtime(ops, torch.device("cpu")), x, ids, w, leaves)
 
-    def _runtime(self, device: torch.device, keep: bool = True) -> Runtime:
+    def _runtime(self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True) -> Runtime:
         ops = ops_for(device.type, self.kernels)
         return Runtime(ops, device, self._pointwise_kernels(ops), keep, self.delays)
 
@@ -176,8 +177,8 @@ class CompiledRegion:
         if "compile_pointwise" not in ops:
             return {}
         if self._kernels is None:
-            segments = [step for step in steps(self.region.template) if isinstance(step, Segment)]
-            made = {s.name: ops["compile_pointwise"](self.region.template, s, self.region.leaves) for s in segments}
+            segments = [step for step in steps(self.held.template) if isinstance(step, Segment)]
+            made = {s.name: ops["compile_pointwise"](self.held.template, s, self.held.leaves) for s in segments}
             self._kernels = {name: kernel for name, kernel in made.items() if kernel}
             self.without_kernel = {name: kernel.reason for name, kernel in made.items() if not kernel}
         return self._kernels

@@ -153,7 +153,8 @@ class Region:
     """The routed part of a block:  y[t] = sum_k w[t,k] * f(x[t]; theta[ids[t,k]])   for 0 <= ids[t,k] < E.
 
     Other ids contribute nothing, or w[t,k] * x[t] when `identity` is set (zero-computation experts).
-    weight_position "output": the routing weight multiplies f's result; "input": it multiplies x before f.
+    weight_position "output": the routing weight multiplies f's result; "input": it multiplies x before f; "none": no weights
+    (what the experts of one rank do to the rows that arrive there).
     x [T, D], ids [T, K] integer, w [T, K], y [T, d_out].
     """
 
@@ -164,7 +165,7 @@ class Region:
     d_expert: int
     template: Template
     leaves: tuple[Leaf, ...]
-    weight_position: Literal["output", "input"] = "output"
+    weight_position: Literal["output", "input", "none"] = "output"
     identity: bool = False
     routing: str = ""
     layout: str = ""

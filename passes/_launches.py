@@ -5,7 +5,7 @@ lifetimes and guards of the whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,22 +23,28 @@ PROLOGUE, EPILOGUE = "prologue", "join"
 
 @dataclass
 class Chunk:
-    """Builds the launches of one chunk, task by task. `_` as an out is a value that nobody needs."""
+    """Builds the launches of one chunk, task by task. `_` as an out is a value that nobody needs.
+
+    renamed: other names for some values, and `tasks` for some kinds of launches, where one plan holds two regions.
+    """
 
     region: Region
     chunk: int
     degree: int
     one_lane: bool = False
     launches: dict[str, list[Launch]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, base: str) -> str:
+        base = self.renamed.get(base, base)
         return base if self.degree == 1 else f"{base}_{self.chunk}"
 
     def names(self, bases: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.name(b) for b in bases)
 
     def launch(self, kind: str, op: str, outs: Iterable[str], args: Iterable[Any]) -> None:
-        task = f"{kind}_{self.chunk}"
+        task = f"{self.tasks.get(kind, kind)}_{self.chunk}"
         outs = tuple("_" if out == "_" else self.name(out) for out in outs)
         self.launches.setdefault(task, []).append(Launch(task, "", op, outs, tuple(args)))
 
@@ -294,9 +300,9 @@ def with_uses(launches: list[Launch], keep: set[str]) -> list[Launch]:
     return result
 
 
-def with_frees(launches: list[Launch], keep: set[str]) -> list[Launch]:
-    """Frees every row-sized value after its last use."""
-    made = {out for x in launches for out in x.outs if re.match(r"[vgs]\d", out)}
+def with_frees(launches: list[Launch], keep: set[str], row_sized: str = r"[vgs]\d") -> list[Launch]:
+    """Frees every row-sized value, one whose name matches the pattern, after its last use."""
+    made = {out for x in launches for out in x.outs if re.match(row_sized, out)}
     last = {value: n for n, x in enumerate(launches) for value in values_of(x) if value in made - keep}
     ends: dict[int, list[str]] = {}
     for value, n in last.items():
