@@ -12,6 +12,7 @@ layer call it on values.
 
 from __future__ import annotations
 
+import importlib
 from typing import Protocol
 
 import torch
@@ -57,12 +58,20 @@ def as_bytes(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
 
 
+def from_bytes(wire: Tensor, dtype: torch.dtype) -> Tensor:
+    """The reverse of `as_bytes`."""
+    if wire.numel() == 0:  # whose strides may be any
+        return wire.new_empty(wire.shape[0], wire.shape[1] // dtype.itemsize, dtype=dtype)
+    aligned = wire.is_contiguous() and wire.storage_offset() % dtype.itemsize == 0
+    return (wire if aligned else wire.clone(memory_format=torch.contiguous_format)).view(dtype)
+
+
 class Cast:
     """Each number in another floating format; None: as it is.
 
-    "none" is exact. "bf16" rounds to 8 significant bits: |error| <= 2^-9 |x| + 2^-134, and overflows above 3.39e38, where only
-    rows of float32 and float64 reach. "fp16" rounds to 11: |error| <= 2^-11 |x| + 2^-25; what is 65520 or more
-    becomes infinite, as a cast does, so that an overflow is seen.
+    "none" is exact. "bf16" rounds to 8 significant bits: |error| <= 2^-9 |x| + 2^-134. "fp16" rounds to 11:
+    |error| <= 2^-11 |x| + 2^-25. What is too large for the format becomes infinite, as in any cast, so that an overflow is
+    seen: from 65520 on in fp16, close to the end of float32 in bf16 (and of float16, for float16 rows in bf16).
     """
 
     def __init__(self, target: torch.dtype | None) -> None:
@@ -73,7 +82,7 @@ class Cast:
         return as_bytes(rows.to(self._wire_dtype(rows.dtype)))
 
     def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
-        return wire.view(self._wire_dtype(dtype)).to(dtype)
+        return from_bytes(wire, self._wire_dtype(dtype)).to(dtype)
 
     def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
         return d_model * self._wire_dtype(dtype).itemsize
@@ -81,20 +90,297 @@ class Cast:
     def error_bound(self, rows: Tensor) -> Tensor:
         if self._wire_dtype(rows.dtype) == rows.dtype:
             return rows.new_zeros(rows.shape[0], dtype=torch.float64)
-        largest = row_max(rows)
+        most = row_max(rows)
         format = torch.finfo(self._wire_dtype(rows.dtype))
-        bound = format.eps / 2 * largest + format.smallest_normal * format.eps / 2
-        return bound.masked_fill(largest >= format.max * (1 + format.eps / 4), float("inf"))
+        bound = format.eps / 2 * most + format.smallest_normal * format.eps / 2
+        back = most.to(rows.dtype).to(self._wire_dtype(rows.dtype)).to(rows.dtype)
+        return bound.masked_fill(~back.isfinite(), float("inf"))
 
     def _wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype if self.target is None else self.target
 
 
-def row_max(rows: Tensor) -> Tensor:
-    """[R] float64: the largest magnitude of each row, 0 where D = 0."""
-    return torch.cat([rows.double().abs(), rows.new_zeros(rows.shape[0], 1, dtype=torch.float64)], dim=1).amax(1)
-
-
 CODECS.register("none", Cast(None))
 CODECS.register("bf16", Cast(torch.bfloat16))
 CODECS.register("fp16", Cast(torch.float16))
+
+
+# ------------------------------------------------------------------------------------------------ shared scales
+#
+# The codecs below compute in float32: float64 rows are rounded to it first. Numbers that share a scale share the fate of
+# an infinity or NaN among them: all are decoded as NaN. What was finite is decoded finite, at most the dtype's largest.
+
+
+def row_max(rows: Tensor) -> Tensor:
+    """[..., n] -> [...] float64: the largest magnitude, NaN if there is one, 0 where n = 0."""
+    return largest(rows.double())
+
+
+def largest(values: Tensor) -> Tensor:
+    """[..., n] -> [...]: the largest magnitude, NaN if there is one, 0 where n = 0."""
+    if values.shape[-1] == 0:
+        return values.new_zeros(values.shape[:-1])
+    return values.abs().amax(-1)
+
+
+def blocks(rows: Tensor, size: int) -> Tensor:
+    """[R, D] -> [R, ceil(D / size), size] float32, filled up with zeros."""
+    count = -(-rows.shape[1] // size)
+    padded = torch.nn.functional.pad(rows.float(), (0, count * size - rows.shape[1]))
+    return padded.view(rows.shape[0], count, size)
+
+
+def bits(values: Tensor) -> Tensor:
+    """The int32 that holds the same bits as a float32."""
+    return values.view(torch.int32)
+
+
+def power_of_2(exponent: Tensor) -> Tensor:
+    """2^exponent as float32, for int32 exponents in [-126, 127]."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def times_power_of_2(values: Tensor, exponent: Tensor) -> Tensor:
+    """values * 2^exponent, for exponents in [-252, 254]: in two steps, since the power alone may be out of range."""
+    half = exponent >> 1
+    return values * power_of_2(half) * power_of_2(exponent - half)
+
+
+def nearest(values: Tensor) -> Tensor:
+    """The nearest whole number, halves upwards."""
+    return torch.floor(values + 0.5)
+
+
+def as_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 -> dtype; beyond its range the largest number, so that nothing finite becomes infinite."""
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.clamp(-most, most).to(dtype)
+
+
+def rounding(rows: Tensor, most: Tensor) -> Tensor:
+    """What float32 and the dtype itself may add to an error, for largest magnitudes `most`; infinite beyond float32."""
+    format = torch.finfo(torch.float32 if rows.dtype == torch.float64 else rows.dtype)
+    bound = format.eps * most + format.smallest_normal * format.eps
+    return bound.masked_fill(most > torch.finfo(torch.float32).max, float("inf"))
+
+
+class Int8:
+    """127 steps on each side of zero: |error| <= a/254, a the row's largest magnitude, beside roundings of float32.
+
+    Wire: D bytes of two's complement, then the step, a/127 (at least 2^-126) in float32; a NaN there: the row was not finite.
+    """
+
+    def encode(self, rows: Tensor) -> Tensor:
+        check_dtype(rows.dtype)
+        x = rows.float()
+        step = (largest(x) / 127).clamp(min=2.0**-126)
+        finite = step.isfinite()
+        step = step.masked_fill(~finite, float("nan"))[:, None]
+        codes = torch.where(finite[:, None], nearest(x / step), 0).to(torch.int8)
+        return torch.cat([as_bytes(codes), as_bytes(step)], dim=1)
+
+    def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
+        step = from_bytes(wire[:, d_model:], torch.float32)
+        return as_rows(wire[:, :d_model].view(torch.int8) * step, dtype)
+
+    def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
+        return d_model + 4
+
+    def error_bound(self, rows: Tensor) -> Tensor:
+        most = row_max(rows)
+        return most / 254 * (1 + 2**-14) + 2.0**-127 + rounding(rows, most)
+
+
+class Fp8:
+    """e4m3 (4 bits of exponent, 3 of mantissa) with a power of two as scale: |error| <= |x|/16, or 2^-10 of the scale.
+
+    Numbers that share a scale: `block` neighbours in a row, or the whole row (None). The scale 2^s is the smallest with
+    a / 2^s <= 448, a their largest magnitude, and s >= -126; so small numbers lose digits from a/2^15 down. Blocks of 32 are
+    MXFP8 of the OCP Microscaling Formats, but for the choice of s, which there lets numbers saturate.
+    Wire: D bytes of e4m3, then a byte s + 127 for each scale; 255 there: not all of them were finite.
+    """
+
+    def __init__(self, block: int | None) -> None:
+        self.block = block
+
+    def encode(self, rows: Tensor) -> Tensor:
+        check_dtype(rows.dtype)
+        x = blocks(rows, self._size(rows.shape[1]))  # [R, B, size]
+        most = largest(x)
+        finite = most.isfinite()
+        scale = e4m3_scale(most)
+        scaled = torch.where(finite[..., None], x * power_of_2(-scale)[..., None], 0)
+        codes = as_bytes(scaled.flatten(1)[:, : rows.shape[1]].to(torch.float8_e4m3fn))
+        return torch.cat([codes, torch.where(finite, scale + 127, 255).to(torch.uint8)], dim=1)
+
+    def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
+        codes, scales = wire[:, :d_model].contiguous(), wire[:, d_model:].int()
+        scale = torch.where(scales == 255, float("nan"), power_of_2(scales.clamp(max=254) - 127))
+        x = blocks(codes.view(torch.float8_e4m3fn).float(), self._size(d_model)) * scale[..., None]
+        return as_rows(x.flatten(1)[:, :d_model], dtype).contiguous()
+
+    def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
+        return d_model + -(-d_model // self._size(d_model))
+
+    def error_bound(self, rows: Tensor) -> Tensor:
+        most = row_max(rows)
+        return most / 16 + 2.0**-136 + rounding(rows, most)
+
+    def _size(self, d_model: int) -> int:
+        return self.block or max(d_model, 1)
+
+
+def e4m3_scale(most: Tensor) -> Tensor:
+    """The smallest s >= -126 with most / 2^s <= 448 = 1.75 * 2^8, int32, for float32 magnitudes."""
+    return ((bits(most) >> 23) - 127 - 8 + ((bits(most) & 0x7FFFFF) > 0x600000).int()).clamp(-126, 120)
+
+
+CODECS.register("int8", Int8())
+CODECS.register("fp8", Fp8(None))
+CODECS.register("fp8_block", Fp8(32))
+
+
+# ------------------------------------------------------------------------------------------------ block transform
+
+BLOCK = 16
+FIXED_POINT = 20  # bits behind the point
+
+
+class Zfp:
+    """A quarter of the bytes: blocks of 16 in fixed point, a transform that decorrelates, and its topmost bit planes.
+
+    After ZFP's fixed-rate mode (Lindstrom, "Fixed-Rate Compressed Floating-Point Arrays", 2014), with two differences that
+    let all blocks run in step: the transform is Walsh and Hadamard's, which is of the same family and exact in integers, and
+    planes are cut off without group tests, starting at the block's topmost plane instead of its exponent's. It suits
+    outliers: one large number is spread over 16 coefficients, a quarter of its size each, so that its 15 neighbours keep
+    two bits more than under a common scale.
+
+    `bits` for each number, 3 to 16; by default a quarter of the dtype's (8 for float32, 4 for the halves). A block of 16 takes
+    2*bits bytes: one tells s, the exponent of the plane step, the others hold bits-1/2 planes: byte 2k plane k, from the top,
+    of the 8 coefficients of low sequency and byte 2k+1 of the 8 others, in two's complement. 255 for s: not all were finite.
+
+    With x the block's numbers, c = H x their transform and b = bits-1 the planes of all, s is the smallest such
+    that |c| / 2^s rounds to at most 2^(b-1) - 1, and |error| <= 3/8 * 2^s, plus the fixed point's rounding, 2^-21 of the largest
+    number's power of two. Since |c| <= 16 max|x|, that is at most 12 max|x| / (2^(b-1) - 1/2); for numbers like noise
+    it is some 16 times less. Below about 2^-120 the error stays where it is for 2^-120.
+    """
+
+    def __init__(self, bits: int | None = None) -> None:
+        if bits is not None and not 3 <= bits <= 16:
+            raise InputError(f"a number takes 3 to 16 bits; got {bits}")
+        self.bits = bits
+
+    def rate(self, dtype: torch.dtype) -> int:
+        """Bits a number."""
+        check_dtype(dtype)
+        return self.bits or 2 * dtype.itemsize
+
+    def encode(self, rows: Tensor) -> Tensor:
+        planes = self.rate(rows.dtype) - 1  # of every coefficient; those of low sequency have one more
+        coefficients, exponent, finite = self._transformed(rows)
+        shift = self._shift(coefficients, exponent, planes)
+        low, high = coefficients[..., 0::2], coefficients[..., 1::2]  # [R, B, 8]
+        wire = rows.new_zeros(*shift.shape, 2 * (planes + 1), dtype=torch.uint8)
+        wire[..., 0] = torch.where(finite, shift + exponent - least_step(planes), 255)
+        wire[..., 1::2] = to_planes(shifted(low, shift - 1), planes + 1)
+        wire[..., 2::2] = to_planes(shifted(high, shift), planes)
+        return wire.flatten(1)
+
+    def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
+        planes = self.rate(dtype) - 1
+        block = wire.view(wire.shape[0], -(-d_model // BLOCK), 2 * (planes + 1))
+        low, high = from_planes(block[..., 1::2]), 2 * from_planes(block[..., 2::2])
+        numbers = hadamard(torch.stack([low, high], dim=-1).flatten(-2)).float()
+        exponent = block[..., 0].int() + least_step(planes) - 1 - FIXED_POINT - 4  # the transform twice is 16 = 2^4
+        x = times_power_of_2(numbers, exponent[..., None])
+        x = x.masked_fill((block[..., 0] == 255)[..., None], float("nan"))
+        return as_rows(x.flatten(1)[:, :d_model], dtype).contiguous()
+
+    def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
+        return -(-d_model // BLOCK) * 2 * self.rate(dtype)
+
+    def error_bound(self, rows: Tensor) -> Tensor:
+        coefficients, exponent, _ = self._transformed(rows)
+        shift = self._shift(coefficients, exponent, self.rate(rows.dtype) - 1)
+        steps = (0.375 * 2.0 ** shift.double() + 0.5) * 2.0 ** (exponent.double() - FIXED_POINT)
+        return largest(steps) + rounding(rows, row_max(rows))
+
+    def _transformed(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients [R, B, 16] int32 of the numbers times 2^(20 - exponent), exponent [R, B] int32, finite [R, B]."""
+        x = blocks(rows, BLOCK)
+        most = largest(x)
+        finite = most.isfinite()
+        exponent = ((bits(most) >> 23) - 127).clamp(-126, 127)
+        fixed = nearest(times_power_of_2(x, (FIXED_POINT - exponent)[..., None]))
+        return hadamard(torch.where(finite[..., None], fixed, 0).int()), exponent, finite
+
+    @staticmethod
+    def _shift(coefficients: Tensor, exponent: Tensor, planes: int) -> Tensor:
+        """[R, B]: how many bits below the last plane are cut off."""
+        most = largest(coefficients)
+        shift = torch.ones_like(most)
+        for tried in range(1, most_shift(planes)):
+            shift += (shifted(most, tried) > 2 ** (planes - 1) - 1).int()
+        return torch.maximum(shift, least_step(planes) - exponent)
+
+
+def most_shift(planes: int) -> int:
+    """The shift of the largest coefficient there is, 2^25: such that it rounds to at most 2^(planes-1) - 1."""
+    return next(shift for shift in range(1, 27) if (2**25 + 2**shift // 2) >> shift <= 2 ** (planes - 1) - 1)
+
+
+def least_step(planes: int) -> int:
+    """The exponent of the plane step that byte 0 stands for; the largest, byte 254, is that of the largest float32."""
+    return 127 + most_shift(planes) - 254
+
+
+def hadamard(values: Tensor) -> Tensor:
+    """[..., 16] -> [..., 16]: c[i] = sum over j of (-1)^(ones in i & j) * values[j]. Twice is 16 times the identity."""
+    shape = values.shape
+    for stride in (1, 2, 4, 8):
+        pairs = values.reshape(*shape[:-1], 8 // stride, 2, stride)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        values = torch.stack([a + b, a - b], dim=-2)
+    return values.reshape(shape)
+
+
+def shifted(values: Tensor, shift: Tensor | int) -> Tensor:
+    """values / 2^shift, rounded; int32."""
+    if isinstance(shift, Tensor):
+        shift = shift[..., None]
+        return (values + (torch.ones_like(shift) << shift >> 1)) >> shift
+    return (values + (1 << shift >> 1)) >> shift
+
+
+def to_planes(values: Tensor, planes: int) -> Tensor:
+    """[..., 8] int32 -> [..., planes] uint8: bit i of byte k is bit planes-1-k of values[i]."""
+    plane = torch.arange(planes - 1, -1, -1, dtype=torch.int32, device=values.device)
+    place = torch.arange(8, dtype=torch.int32, device=values.device)
+    return (((values[..., None, :] >> plane[:, None]) & 1) << place).sum(-1).to(torch.uint8)
+
+
+def from_planes(wire: Tensor) -> Tensor:
+    """The reverse of `to_planes`, int32, two's complement."""
+    planes = wire.shape[-1]
+    plane = torch.arange(planes - 1, -1, -1, dtype=torch.int32, device=wire.device)
+    place = torch.arange(8, dtype=torch.int32, device=wire.device)
+    values = (((wire.int()[..., None] >> place) & 1) << plane[:, None]).sum(-2).int()
+    sign = 1 << (planes - 1)
+    return (values ^ sign) - sign
+
+
+CODECS.register("zfp", Zfp())
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def codec_for(name: str, device_type: str = "cpu", kernels: str = "auto") -> Codec:
+    """The named codec for a device: with Triton's kernels, where it has some, on CUDA ("auto") or anywhere ("triton")."""
+    if kernels not in ("auto", "torch", "triton"):
+        raise InputError(f"kernels must be 'auto', 'torch' or 'triton'; got {kernels!r}")
+    codec = CODECS[name]
+    if kernels == "torch" or (kernels == "auto" and device_type != "cuda"):
+        return codec
+    with_kernels: Codec = importlib.import_module("moefx.codegen.triton_codecs").with_kernels(codec)
+    return with_kernels
