@@ -8,6 +8,6 @@ import pytest
 from triton_here import rerun
 
 
-@pytest.mark.parametrize("name", ["test_triton_ops", "test_triton_pointwise", "test_triton_compiled"])
+@pytest.mark.parametrize("name", ["test_triton_ops", "test_triton_pointwise", "test_triton_compiled", "test_triton_codecs"])
 def test_in_a_process_of_its_own(name: str) -> None:
     rerun(str(Path(__file__).with_name(f"{name}.py")))
