@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,25 @@ class DeclinedBlock:
 
 
 @dataclass
+class GraphReport:
+    """What the backend of torch.compile did to one graph. parameters: those that the graph reads, held weakly."""
+
+    nodes: int
+    inner: str
+    found: list[FoundBlock] = field(default_factory=list)
+    declined: list[DeclinedBlock] = field(default_factory=list)
+    seconds: float = 0.0
+    parameters: list[Any] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        head = f"graph of {self.nodes} nodes for {self.inner}: {len(self.found)} region(s), {len(self.declined)} declined"
+        return "\n".join([f"{head}, {self.seconds:.1f} s", *_indented(self.found), *_indented(self.declined)])
+
+
+GRAPHS: list[GraphReport] = []  # of this process, in the order of compilation
+
+
+@dataclass
 class Report:
     """What moefx did, or would do, to a model."""
 
@@ -81,6 +102,7 @@ class Report:
     declined: list[DeclinedBlock] = field(default_factory=list)
     seconds: float = 0.0
     pending: bool = False
+    graphs: list[GraphReport] = field(default_factory=list)
 
     def __str__(self) -> str:
         if self.pending:
@@ -94,3 +116,7 @@ class Report:
         if self.declined:
             parts += ["", "declined", *("\n".join("  " + line for line in str(b).splitlines()) for b in self.declined)]
         return "\n".join(parts)
+
+
+def _indented(items: Iterable[object]) -> list[str]:
+    return ["\n".join("  " + line for line in str(item).splitlines()) for item in items]

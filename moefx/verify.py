@@ -52,10 +52,11 @@ def adversarial_cases(example: Example, again: bool = False) -> list[Case]:
 
 def verify(
     module: nn.Module, rewritten: Run, example: Example, experts: int, lowest: torch.dtype, skip: type[Exception],
-    again: bool = False,
+    again: bool = False, own_sizes: bool = False,
 ) -> dict[str, float]:
     """Compares `module` (a probe copy) with its rewritten form on adversarial cases.
 
+    own_sizes: also on inputs of the example's sizes (a graph may hold no other).
     again: the rewriting was verified before, in another mode: fewer cases, and of very large blocks no gradients. The
     gradients of their large parameters are never compared here, but on the block's own weights (`moefx.api`).
     Returns the worst relative errors, {"forward": ..., "gradient": ...}. Raises Decline with the first case that differs.
@@ -67,7 +68,10 @@ def verify(
     heavy = sum(p.numel() for p in module.parameters()) > HEAVY
     if heavy:
         wanted = [n for n, p in module.named_parameters() if p.numel() <= LARGE]
-    for i, case in enumerate(adversarial_cases(example, again)):
+    cases = adversarial_cases(example, again)
+    if own_sizes:
+        cases += [Case(example.token_sizes, tokens, True) for tokens in ("random", "alike", "near", "one")]
+    for i, case in enumerate(cases):
         if heavy and (i or again):
             case = replace(case, gradients=False)
         args, kwargs = draw(example, case.token_shape, 1000 + i, experts, case.tokens, dtype_of(module))

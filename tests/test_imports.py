@@ -21,7 +21,7 @@ SOURCES = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in PACKAGES}
 OTHERS = [file for folder in ("tests", "benchmarks", "examples") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 # The one place where the stages meet, and the door through which plug-ins enter any of them.
-ASSEMBLY = {"moefx.api", "moefx.build", "moefx.plugins"}
+ASSEMBLY = {"moefx.api", "moefx.build", "moefx.parallel", "moefx.plugins"}
 NOT_VOCABULARY = {
     "moefx",
     "moefx.__main__",
@@ -30,6 +30,7 @@ NOT_VOCABULARY = {
     "moefx.hf",
     "moefx.runtime",
     "moefx.compiled",
+    "moefx.exchange",
     "moefx.region_op",
 } | ASSEMBLY
 
