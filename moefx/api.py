@@ -156,7 +156,7 @@ def _realise(
     """A hypothesis made to run, and verified; Decline when it is refuted."""
     parameters = list(inspect.signature(type(module).forward).parameters)[1:]
     rewrite = canonicalise(hypothesis, placeholder_names(example.args, example.kwargs, parameters), restore_truncated)
-    compiled = compile_region(hypothesis.region, options.degree, options.kernels)
+    compiled = compile_region(hypothesis.region, options.chunks, options.kernels)
     stages = (
         ("canonicalise", rewrite.source),
         ("partition", "\n".join(map(str, compiled.graphs))),
@@ -231,28 +231,36 @@ def _best_reason(reasons: list[Decline], near: list[str], location: str) -> Decl
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-def optimize(model: nn.Module, example_inputs: Any = None, options: Options | None = None) -> nn.Module:
+def optimize(
+    model: nn.Module, example_inputs: Any = None, options: Options | None = None, mesh: Any = None
+) -> nn.Module:
     """Rewrites the MoE blocks of `model` in place and returns the same object.
 
     example_inputs: a tuple of positional or a dict of keyword arguments of `model`; without them the first call of the
     model serves as the example. Parameters, names, state_dict and hooks stay. A block is replaced only after it agreed
     with the original, forward and gradients; `explain(model)` tells what happened, `restore(model)` undoes it.
-    Raises InputError when example_inputs do not fit the model.
+    mesh: a DeviceMesh of one dimension or a process group, over whose ranks the experts are spread (`moefx.parallel`); every
+    rank calls this with the same model, and its own example_inputs.
+    Raises InputError when example_inputs do not fit the model, or ranks differ in model or options.
     """
     _check_model(model)
+    if mesh is not None:
+        mesh = _parallel().as_mesh(mesh)
     if options is not None and not isinstance(options, Options):
         raise InputError(f"options must be moefx.Options; got {type(options).__name__}")
     state = _state(model)
     if state is not None:
-        if options is None or state["options"] == options:
+        same = mesh is None or mesh == state["mesh"]
+        if same and (options is None or state["options"] == options):
             if state["report"].pending and example_inputs is not None:
+                mesh, options = state["mesh"], options or state["options"]
                 restore(model)
-                return optimize(model, example_inputs, options or state["options"])
+                return optimize(model, example_inputs, options, mesh)
             return model
         restore(model)
     options = options or Options()
     report = Report(pending=example_inputs is None)
-    model.__dict__[_STATE] = _State(report=report, options=options)
+    model.__dict__[_STATE] = _State(report=report, options=options, mesh=mesh)
     if example_inputs is None:
         _Waiting.put(model)
         return model
@@ -262,7 +270,16 @@ def optimize(model: nn.Module, example_inputs: Any = None, options: Options | No
         del model.__dict__[_STATE]
         raise
     _rewrite(model, seen, options, report, replace=True)
+    if mesh is not None:
+        _parallel().distribute(model, mesh, options, report, seen.examples)
     return model
+
+
+def _parallel() -> Any:
+    """`moefx.parallel`, which needs torch.distributed and is loaded when it is used."""
+    from moefx import parallel
+
+    return parallel
 
 
 def explain(model: nn.Module, example_inputs: Any = None, options: Options | None = None) -> Report:
@@ -287,13 +304,19 @@ def explain(model: nn.Module, example_inputs: Any = None, options: Options | Non
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Gives every rewritten block its own forward back. Parameters stay as they are. Idempotent."""
+    """Gives every rewritten block its own forward back. Parameters stay as they are. Idempotent.
+
+    Experts that were spread over ranks come back to every rank, as new parameters; all ranks call it.
+    """
     _check_model(model)
     model.__dict__.pop(_STATE, None)
     waiting = model.__dict__.get("forward")
     if isinstance(waiting, _Waiting):
         waiting.stop()
     for module in model.modules():
+        forward = rewritten(module)
+        if forward is not None:
+            forward.gather()
         uninstall(module)
     return model
 
@@ -305,7 +328,7 @@ class _State(dict):  # type: ignore[type-arg]
         return (dict, ())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        return _State(report=copy.deepcopy(self["report"], memo), options=self["options"])
+        return _State(report=copy.deepcopy(self["report"], memo), options=self["options"], mesh=self["mesh"])
 
 
 def _state(model: nn.Module) -> _State | None:
@@ -405,6 +428,8 @@ class _Waiting:
         state = self.model.__dict__[_STATE]
         state["report"].pending = False
         _rewrite(self.model, seen, state["options"], state["report"], replace=True)
+        if state["mesh"] is not None:
+            _parallel().distribute(self.model, state["mesh"], state["options"], state["report"], seen.examples)
 
     def stop(self) -> None:
         """The model has its own forward again."""

@@ -105,7 +105,7 @@ class Moe:
         slots, weights = region_inputs(self.variant.routing, region.experts, tokens.shape[0], ids, w, keep)
         if weights is None:
             weights = torch.ones(slots.shape, dtype=x.dtype, device=x.device)
-        params = {name: _parameter(self.module, name) for leaf in region.leaves for name in dict.fromkeys(leaf.params)}
+        params = {name: _parameter(self.module, name) for name in self.variant.compiled.binder.names}
         return tokens, slots, weights, params
 
 
@@ -201,6 +201,9 @@ class RewrittenForward:
         self.signature = inspect.signature(type(module).forward)
         self.parameters = Parameters.of(self.signature)
         self.__signature__ = inspect.signature(types.MethodType(type(module).forward, module))  # for those who ask
+
+    def gather(self) -> None:
+        """All parameters are on this rank: nothing to do."""
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own forward."""

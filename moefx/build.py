@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 from moefx.codegen.emit import emit
 from moefx.compiled import CompiledRegion, Emitted
-from moefx.ir import Region
+from moefx.costs import Sizes, price
+from moefx.ir import Plan, Region, Schedule, TaskGraph
+from moefx.options import Options
 from moefx.passes.lower import lower
-from moefx.passes.partition import partition
-from moefx.passes.schedule import schedule
+from moefx.passes.lower_parallel import lower_parallel
+from moefx.passes.partition import Layout, expert_parallel, partition
+from moefx.passes.schedule import check as check_schedule
+from moefx.passes.schedule import choose, schedule
 from moefx.passes.simplify import simplify
+from moefx.profile import Profile
 from moefx.region_op import register
+from moefx.simulate import Timeline, simulate
+
+PHASES: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
+MOST_CHUNKS = 64  # "auto" looks at degrees up to here
 
 
 def compile_region(region: Region, degree: int = 1, kernels: str = "auto", policy: str = "fifo") -> CompiledRegion:
@@ -25,6 +36,76 @@ def compile_region(region: Region, degree: int = 1, kernels: str = "auto", polic
     plans = (lower(region, graphs[0], schedules[0]), lower(region, graphs[1], schedules[1]))
     emitted = load(emit(region, *plans, name="region"))
     return register(CompiledRegion(region, graphs, schedules, plans, emitted, kernels))
+
+
+@dataclass(frozen=True)
+class ParallelPlans:
+    """Both phases of a region whose experts are spread over ranks, and the timelines that decided, where there are times."""
+
+    graphs: tuple[TaskGraph, TaskGraph]
+    schedules: tuple[Schedule, Schedule]
+    plans: tuple[Plan, Plan]
+    emitted: Emitted
+    timelines: tuple[Timeline | None, Timeline | None]
+
+
+def compile_parallel(
+    region: Region,
+    local: Region,
+    options: Options,
+    sizes: Sizes,
+    profile: Profile | None,
+    wire_shares: Mapping[str, float],
+    decided: Sequence[str] = (),
+) -> ParallelPlans:
+    """partition -> schedule -> lower -> emit -> load for a region on several ranks, of which this one holds `local`.
+
+    sizes, profile: what a degree or an order that `options` leave open is chosen by. wire_shares: by phase, the bytes of an
+    encoded row per byte of a row; no entry, no codec. decided: the texts of the schedules, where another rank has chosen.
+    """
+    region, local = simplify(region), simplify(local)
+    chosen = []
+    for i in (0, 1):
+        phase = PHASES[i]
+        layout = Layout(codec=phase in wire_shares)
+        priced = replace(sizes, wire_share=wire_shares.get(phase, 1.0))
+        given = Schedule.parse(decided[i]) if decided else None
+        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given))
+    graphs, schedules, timelines = (tuple(column) for column in zip(*chosen))
+    degree = schedules[0].degree
+    forward, backward = (
+        lower_parallel(region, local, g, s, degree, phase in wire_shares) for g, s, phase in zip(graphs, schedules, PHASES)
+    )
+    emitted = load(emit(local, forward, backward, name="region"))
+    return ParallelPlans(graphs, schedules, (forward, backward), emitted, timelines)  # type: ignore[arg-type]
+
+
+def _choose(
+    phase: Literal["forward", "backward"],
+    layout: Layout,
+    options: Options,
+    degree: int | Literal["auto"],
+    sizes: Sizes,
+    profile: Profile | None,
+    given: Schedule | None,
+) -> tuple[TaskGraph, Schedule, Timeline | None]:
+    """The graph, its order, and what it costs."""
+
+    def build(r: int) -> TaskGraph:
+        graph = expert_parallel(r, phase, layout)
+        return price(graph, sizes, profile) if profile is not None and r <= sizes.capacity else graph
+
+    if given is not None:
+        graph = build(given.degree)
+        check_schedule(given, graph)
+        return graph, given, None
+    if degree == "auto":
+        choice = choose(build, min(sizes.capacity, MOST_CHUNKS), options.policy)
+        return choice.timeline.graph, choice.schedule, choice.timeline
+    graph = build(degree)
+    timed = profile is not None and degree <= sizes.capacity
+    order = schedule(graph, options.policy if timed or not options.timed else "fifo")
+    return graph, order, simulate(graph, order) if timed else None
 
 
 def load(source: str) -> Emitted:

@@ -109,7 +109,7 @@ class ParallelRuntime(Runtime):
 
     def _of_chunk(self, counts: Tensor, chunk: int) -> Tensor:
         """The counts of one chunk of this phase."""
-        if self.phase == "forward" or counts.shape[1] == 1:
+        if self.phase == "forward" or self.degrees[0] == self.degrees[1]:
             return counts[chunk].sum(0)
         return counts[:, chunk].sum(0)
 

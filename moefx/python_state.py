@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -76,13 +76,13 @@ class Place:
 
 def places(module: nn.Module) -> tuple[Place, ...]:
     """Where the code of a module's class, and what it calls by name in its own package, can leave something behind."""
-    return _places(type(module))
+    return _places(cast(Hashable, type(module)))
 
 
 @cache
-def _places(cls: type) -> tuple[Place, ...]:
+def _places(cls: Hashable) -> tuple[Place, ...]:
     found: dict[tuple[int, str], Place] = {}
-    for owner in cls.__mro__:
+    for owner in cast(type, cls).__mro__:
         package = owner.__module__.partition(".")[0]
         if package in ("torch", "builtins", "abc", "typing"):
             continue

@@ -23,8 +23,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moefx.errors import PlanError
-from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph, issue_order
 from moefx.passes._launches import (
     EPILOGUE,
     HOME,
@@ -43,6 +41,9 @@ from moefx.passes._launches import (
     with_frees,
     with_uses,
 )
+
+from moefx.errors import PlanError
+from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph, issue_order
 from moefx.segments import x_value
 
 # Values of the rows that arrive, beside those of the tokens.
