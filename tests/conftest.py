@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -63,3 +65,13 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), f"{path.name} differs: see --update-golden"
 
     return check
+
+
+@pytest.fixture
+def netbox() -> Callable[..., AbstractContextManager[Any]]:
+    """`netbox.netbox`: hosts with slow links between them. Skipped, with the reason, where it cannot be."""
+    import netbox
+
+    if reason := netbox.why_not():
+        pytest.skip(reason)
+    return netbox.netbox
