@@ -143,18 +143,18 @@ def power_of_2(exponent: Tensor) -> Tensor:
 def times_power_of_2(values: Tensor, exponent: Tensor) -> Tensor:
     """values * 2^exponent, for exponents in [-252, 254]: in two steps, since the power alone may be out of range."""
     half = exponent >> 1
-    return values * power_of_2(half) * power_of_2(exponent - half)
+    return (values * power_of_2(half)).mul_(power_of_2(exponent - half))
 
 
-def nearest(values: Tensor) -> Tensor:
-    """The nearest whole number, halves upwards."""
-    return torch.floor(values + 0.5)
+def nearest_(values: Tensor) -> Tensor:
+    """In place the nearest whole number, halves upwards; 0 for NaN and beyond int32."""
+    return values.add_(0.5).floor_().nan_to_num_(0.0, 0.0, 0.0)
 
 
-def as_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 -> dtype; beyond its range the largest number, so that nothing finite becomes infinite."""
+def as_rows_(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32, which is overwritten -> dtype; beyond its range its largest number: nothing finite becomes infinite."""
     most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    return values.clamp(-most, most).to(dtype)
+    return values.clamp_(-most, most).to(dtype)
 
 
 def rounding(rows: Tensor, most: Tensor) -> Tensor:
@@ -174,14 +174,13 @@ class Int8:
         check_dtype(rows.dtype)
         x = rows.float()
         step = (largest(x) / 127).clamp(min=2.0**-126)
-        finite = step.isfinite()
-        step = step.masked_fill(~finite, float("nan"))[:, None]
-        codes = torch.where(finite[:, None], nearest(x / step), 0).to(torch.int8)
+        step = step.masked_fill(~step.isfinite(), float("nan"))[:, None]
+        codes = nearest_(x / step).to(torch.int8)
         return torch.cat([as_bytes(codes), as_bytes(step)], dim=1)
 
     def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
         step = from_bytes(wire[:, d_model:], torch.float32)
-        return as_rows(wire[:, :d_model].view(torch.int8) * step, dtype)
+        return as_rows_(wire[:, :d_model].view(torch.int8) * step, dtype)
 
     def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
         return d_model + 4
@@ -209,7 +208,8 @@ class Fp8:
         most = largest(x)
         finite = most.isfinite()
         scale = e4m3_scale(most)
-        scaled = torch.where(finite[..., None], x * power_of_2(-scale)[..., None], 0)
+        scaled = x * power_of_2(-scale).masked_fill(~finite, 0.0)[..., None]
+        scaled = scaled.nan_to_num_(0.0)  # of 0 * infinity
         codes = as_bytes(scaled.flatten(1)[:, : rows.shape[1]].to(torch.float8_e4m3fn))
         return torch.cat([codes, torch.where(finite, scale + 127, 255).to(torch.uint8)], dim=1)
 
@@ -217,7 +217,7 @@ class Fp8:
         codes, scales = wire[:, :d_model].contiguous(), wire[:, d_model:].int()
         scale = torch.where(scales == 255, float("nan"), power_of_2(scales.clamp(max=254) - 127))
         x = blocks(codes.view(torch.float8_e4m3fn).float(), self._size(d_model)) * scale[..., None]
-        return as_rows(x.flatten(1)[:, :d_model], dtype).contiguous()
+        return as_rows_(x.flatten(1)[:, :d_model], dtype).contiguous()
 
     def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
         return d_model + -(-d_model // self._size(d_model))
@@ -243,7 +243,7 @@ CODECS.register("fp8_block", Fp8(32))
 # ------------------------------------------------------------------------------------------------ block transform
 
 BLOCK = 16
-FIXED_POINT = 20  # bits behind the point
+FIXED_POINT = 18  # bits behind the point, so that sums of 16 numbers below 2 stay below 2^24
 
 
 class Zfp:
@@ -260,7 +260,7 @@ class Zfp:
     of the 8 coefficients of low sequency and byte 2k+1 of the 8 others, in two's complement. 255 for s: not all were finite.
 
     With x the block's numbers, c = H x their transform and b = bits-1 the planes of all, s is the smallest such
-    that |c| / 2^s rounds to at most 2^(b-1) - 1, and |error| <= 3/8 * 2^s, plus the fixed point's rounding, 2^-21 of the largest
+    that |c| / 2^s rounds to at most 2^(b-1) - 1, and |error| <= 3/8 * 2^s, plus the fixed point's rounding, 2^-19 of the largest
     number's power of two. Since |c| <= 16 max|x|, that is at most 12 max|x| / (2^(b-1) - 1/2); for numbers like noise
     it is some 16 times less. Below about 2^-120 the error stays where it is for 2^-120.
     """
@@ -282,19 +282,19 @@ class Zfp:
         low, high = coefficients[..., 0::2], coefficients[..., 1::2]  # [R, B, 8]
         wire = rows.new_zeros(*shift.shape, 2 * (planes + 1), dtype=torch.uint8)
         wire[..., 0] = torch.where(finite, shift + exponent - least_step(planes), 255)
-        wire[..., 1::2] = to_planes(shifted(low, shift - 1), planes + 1)
-        wire[..., 2::2] = to_planes(shifted(high, shift), planes)
+        wire[..., 1::2] = to_planes(shifted_(low, (shift - 1)[..., None]), planes + 1)
+        wire[..., 2::2] = to_planes(shifted_(high, shift[..., None]), planes)
         return wire.flatten(1)
 
     def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
         planes = self.rate(dtype) - 1
         block = wire.view(wire.shape[0], -(-d_model // BLOCK), 2 * (planes + 1))
         low, high = from_planes(block[..., 1::2]), 2 * from_planes(block[..., 2::2])
-        numbers = hadamard(torch.stack([low, high], dim=-1).flatten(-2)).float()
+        numbers = hadamard(torch.stack([low, high], dim=-1).flatten(-2).float())
         exponent = block[..., 0].int() + least_step(planes) - 1 - FIXED_POINT - 4  # the transform twice is 16 = 2^4
         x = times_power_of_2(numbers, exponent[..., None])
         x = x.masked_fill((block[..., 0] == 255)[..., None], float("nan"))
-        return as_rows(x.flatten(1)[:, :d_model], dtype).contiguous()
+        return as_rows_(x.flatten(1)[:, :d_model], dtype).contiguous()
 
     def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
         return -(-d_model // BLOCK) * 2 * self.rate(dtype)
@@ -306,27 +306,28 @@ class Zfp:
         return largest(steps) + rounding(rows, row_max(rows))
 
     def _transformed(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients [R, B, 16] int32 of the numbers times 2^(20 - exponent), exponent [R, B] int32, finite [R, B]."""
+        """Coefficients [R, B, 16] int32 of the numbers times 2^(18 - exponent), exponent [R, B] int32, finite [R, B]."""
         x = blocks(rows, BLOCK)
         most = largest(x)
         finite = most.isfinite()
         exponent = ((bits(most) >> 23) - 127).clamp(-126, 127)
-        fixed = nearest(times_power_of_2(x, (FIXED_POINT - exponent)[..., None]))
-        return hadamard(torch.where(finite[..., None], fixed, 0).int()), exponent, finite
+        fixed = nearest_(times_power_of_2(x, (FIXED_POINT - exponent)[..., None])).mul_(finite[..., None])
+        return hadamard(fixed).int(), exponent, finite
 
     @staticmethod
     def _shift(coefficients: Tensor, exponent: Tensor, planes: int) -> Tensor:
         """[R, B]: how many bits below the last plane are cut off."""
         most = largest(coefficients)
-        shift = torch.ones_like(most)
-        for tried in range(1, most_shift(planes)):
-            shift += (shifted(most, tried) > 2 ** (planes - 1) - 1).int()
+        width = ((bits(most.float()) >> 23) - 126).clamp(min=0)  # of most in binary
+        shift = (width - (planes - 1)).clamp(min=1)
+        shift += (shifted_(most.clone(), shift) > 2 ** (planes - 1) - 1).int()
         return torch.maximum(shift, least_step(planes) - exponent)
 
 
 def most_shift(planes: int) -> int:
-    """The shift of the largest coefficient there is, 2^25: such that it rounds to at most 2^(planes-1) - 1."""
-    return next(shift for shift in range(1, 27) if (2**25 + 2**shift // 2) >> shift <= 2 ** (planes - 1) - 1)
+    """The shift of the largest coefficient there is, 2^23: such that it rounds to at most 2^(planes-1) - 1."""
+    largest = 2 ** (FIXED_POINT + 5)
+    return next(shift for shift in range(1, 32) if (largest + 2**shift // 2) >> shift <= 2 ** (planes - 1) - 1)
 
 
 def least_step(planes: int) -> int:
@@ -335,38 +336,44 @@ def least_step(planes: int) -> int:
 
 
 def hadamard(values: Tensor) -> Tensor:
-    """[..., 16] -> [..., 16]: c[i] = sum over j of (-1)^(ones in i & j) * values[j]. Twice is 16 times the identity."""
-    shape = values.shape
-    for stride in (1, 2, 4, 8):
-        pairs = values.reshape(*shape[:-1], 8 // stride, 2, stride)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        values = torch.stack([a + b, a - b], dim=-2)
-    return values.reshape(shape)
+    """[..., 16] float32 -> [..., 16]: c[i] = sum over j of (-1)^(ones in i & j) * values[j]. Twice is 16 times the identity.
+
+    Exact for whole numbers up to 2^20: all sums are below 2^24. On CUDA float32 may be multiplied with fewer bits.
+    """
+    dtype = torch.float64 if values.is_cuda else torch.float32
+    signs = [[1 - 2 * ((i & j).bit_count() % 2) for j in range(BLOCK)] for i in range(BLOCK)]
+    return (values.to(dtype) @ torch.tensor(signs, dtype=dtype, device=values.device)).float()
 
 
-def shifted(values: Tensor, shift: Tensor | int) -> Tensor:
-    """values / 2^shift, rounded; int32."""
-    if isinstance(shift, Tensor):
-        shift = shift[..., None]
-        return (values + (torch.ones_like(shift) << shift >> 1)) >> shift
-    return (values + (1 << shift >> 1)) >> shift
+def shifted_(values: Tensor, shift: Tensor) -> Tensor:
+    """In place values / 2^shift, rounded; int32."""
+    return values.add_(torch.ones_like(shift) << shift >> 1).__irshift__(shift)
 
 
 def to_planes(values: Tensor, planes: int) -> Tensor:
     """[..., 8] int32 -> [..., planes] uint8: bit i of byte k is bit planes-1-k of values[i]."""
-    plane = torch.arange(planes - 1, -1, -1, dtype=torch.int32, device=values.device)
-    place = torch.arange(8, dtype=torch.int32, device=values.device)
-    return (((values[..., None, :] >> plane[:, None]) & 1) << place).sum(-1).to(torch.uint8)
+    parts = [transposed((values >> first).to(torch.uint8)) for first in range(0, planes, 8)]
+    return torch.cat(parts, dim=-1)[..., :planes].flip(-1)
 
 
 def from_planes(wire: Tensor) -> Tensor:
     """The reverse of `to_planes`, int32, two's complement."""
     planes = wire.shape[-1]
-    plane = torch.arange(planes - 1, -1, -1, dtype=torch.int32, device=wire.device)
-    place = torch.arange(8, dtype=torch.int32, device=wire.device)
-    values = (((wire.int()[..., None] >> place) & 1) << plane[:, None]).sum(-2).int()
+    parts = torch.nn.functional.pad(wire.flip(-1), (0, -planes % 8)).split(8, dim=-1)
+    values = transposed(parts[0]).int()
+    for number, part in enumerate(parts[1:], 1):
+        values |= transposed(part).int() << 8 * number
     sign = 1 << (planes - 1)
-    return (values ^ sign) - sign
+    return (values ^ sign).sub_(sign)
+
+
+def transposed(bytes: Tensor) -> Tensor:
+    """[..., 8] uint8 -> [..., 8]: bit i of byte k is bit k of byte i. Blocks of 1, 2 and 4 bits change places in a word."""
+    x = bytes.reshape(-1, 8).contiguous().view(torch.int64)
+    for distance, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        change = (x ^ (x >> distance)) & mask
+        x = x ^ change ^ (change << distance)
+    return x.view(torch.uint8).view(bytes.shape)
 
 
 CODECS.register("zfp", Zfp())

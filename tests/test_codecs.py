@@ -8,7 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moefx.codegen.codecs import CODECS, DTYPES, Cast, Codec, Fp8, Int8, Zfp, codec_for, hadamard
+from moefx.codegen.codecs import (
+    CODECS,
+    DTYPES,
+    Cast,
+    Codec,
+    Fp8,
+    Int8,
+    Zfp,
+    codec_for,
+    from_planes,
+    hadamard,
+    to_planes,
+)
 from torch import Tensor
 
 from moefx.errors import InputError
@@ -176,9 +188,23 @@ def test_a_block_of_its_own_keeps_small_numbers() -> None:
 
 def test_hadamard() -> None:
     signs = [[(-1) ** bin(i & j).count("1") for j in range(16)] for i in range(16)]
-    x = torch.randint(-100, 100, (5, 16), dtype=torch.int32)
+    x = torch.randint(-(2**19), 2**19 + 1, (500, 16)).float()
+    x[0] = 2.0**19
     assert torch.equal(hadamard(x).double(), x.double() @ torch.tensor(signs, dtype=torch.float64))
+    x = torch.randint(-(2**15), 2**15, (5, 16)).float()
     assert torch.equal(hadamard(hadamard(x)), 16 * x)
+
+
+@pytest.mark.parametrize("planes", [2, 3, 7, 8, 9, 16])
+def test_planes(planes: int) -> None:
+    values = torch.randint(-(2 ** (planes - 1)), 2 ** (planes - 1), (3, 4, 8), dtype=torch.int32)
+    wire = to_planes(values, planes)
+    assert torch.equal(from_planes(wire), values)
+    bits = [
+        [sum(((int(v) >> bit) & 1) << i for i, v in enumerate(row)) for bit in reversed(range(planes))]
+        for row in values[0]
+    ]
+    assert wire[0].tolist() == bits
 
 
 @pytest.mark.parametrize("bits", [2, 17, 0, -1])
