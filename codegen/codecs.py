@@ -208,8 +208,7 @@ class Fp8:
         most = largest(x)
         finite = most.isfinite()
         scale = e4m3_scale(most)
-        scaled = x * power_of_2(-scale).masked_fill(~finite, 0.0)[..., None]
-        scaled = scaled.nan_to_num_(0.0)  # of 0 * infinity
+        scaled = (x * power_of_2(-scale)[..., None]).masked_fill_(~finite[..., None], 0.0)
         codes = as_bytes(scaled.flatten(1)[:, : rows.shape[1]].to(torch.float8_e4m3fn))
         return torch.cat([codes, torch.where(finite, scale + 127, 255).to(torch.uint8)], dim=1)
 
