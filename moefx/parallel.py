@@ -249,7 +249,8 @@ def _agree(group: dist.ProcessGroup, model: nn.Module, options: Options, report:
     device = next(model.parameters()).device.type
     mine: dict[str, Any] = {
         "torch": torch.__version__,
-        "options": repr(options),
+        "options": repr(replace(options, profile=None)),
+        "profile": Profile.load(Path(options.profile)).dumps() if options.profile is not None else "",
         "device": device,
         "blocks": [f"{f.name}: E={f.experts} K={f.top_k} D={f.d_model} F={f.d_expert} {f.routing}" for f in report.found],
         "parameters": [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()],

@@ -206,3 +206,225 @@ def restored() -> float:
 
 def test_restore_brings_the_experts_back() -> None:
     assert run_ranks(2, restored) == [0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def hugging_face() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=6, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(config)  # its grouped products have no float64
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "hugging_face": hugging_face,  # stacked experts
+    "switch": lambda: language_model("switch"),  # experts that are modules
+}
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Optimised over all ranks there are."""
+    ids = batch(dist.get_rank())
+    example = {"input_ids": ids} if hasattr(model, "config") else (ids,)
+    return moefx.optimize(model, example, moefx.Options(degree=2, policy="fifo"), mesh=dist.group.WORLD)
+
+
+def save(kind: str, folder: str) -> None:
+    import torch.distributed.checkpoint as checkpoint
+
+    model = spread(BUILDERS[kind]())
+    with torch.no_grad():
+        for _, p in expert_parameters(model):
+            p.mul_(1.5)  # something that only training can have done
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder)
+
+
+def load(kind: str, folder: str) -> dict[str, Tensor]:
+    """All parameters after loading into a model spread over these ranks, whose own values are others."""
+    import torch.distributed.checkpoint as checkpoint
+
+    model = spread(BUILDERS[kind]())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    state = {"model": model.state_dict()}
+    checkpoint.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    moefx.restore(model)
+    return dict(model.state_dict())
+
+
+def trained(kind: str) -> dict[str, Tensor]:
+    model = BUILDERS[kind]()
+    ids = batch(0)
+    moefx.optimize(model, {"input_ids": ids} if hasattr(model, "config") else (ids,))
+    experts = {
+        (f"{name}." if name else "") + n
+        for name, module in model.named_modules()
+        if (forward := rewritten(module))
+        for v in forward.variants.values()
+        for leaf in v.region.leaves  # type: ignore[union-attr]
+        for n in leaf.params
+    }
+    return {n: p * 1.5 if n in experts else p for n, p in BUILDERS[kind]().state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", list(BUILDERS))
+def test_checkpoints_load_at_other_numbers_of_ranks(kind: str, tmp_path: Any) -> None:
+    """Saved by 3 ranks, loaded by 2 and by 1, and by a model that nobody optimised."""
+    import torch.distributed.checkpoint as checkpoint
+
+    run_ranks(3, save, kind, str(tmp_path))
+    expected = trained(kind)
+    for ranks in (2, 1):
+        for state in run_ranks(ranks, load, kind, str(tmp_path)):
+            assert list(state) == list(expected)
+            assert all(torch.equal(state[name], value) for name, value in expected.items())
+    plain = BUILDERS[kind]()
+    state = {"model": {n: torch.zeros_like(p) for n, p in plain.state_dict().items()}}
+    checkpoint.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    plain.load_state_dict(state["model"])
+    assert all(torch.equal(plain.state_dict()[name], value) for name, value in expected.items())
+
+
+# ------------------------------------------------------------------------------------------------ plug-ins
+
+
+class Negated:
+    """A toy codec: the bytes of the negated numbers."""
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return (-rows).contiguous().view(torch.uint8)
+
+    def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
+        return -wire.view(dtype)
+
+    def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
+        return d_model * dtype.itemsize
+
+    def error_bound(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros(rows.shape[0], dtype=torch.float64)
+
+
+class Gathered:
+    """A toy all-to-all: everybody gets everything and keeps what is theirs."""
+
+    calls = 0
+
+    def __init__(self, group: Any, topology: Any) -> None:
+        self.group = group
+
+    def start(self, send: Tensor, sent_rows: Any, received_rows: Any, all_rows: Any = None) -> Any:
+        Gathered.calls += 1
+        everything: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(everything, send.split(list(sent_rows)), group=self.group)
+        self.rows = torch.cat([pieces[self.group.rank()] for pieces in everything])
+        return _Arrived(self.rows)
+
+
+class _Arrived:
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def wait(self) -> Tensor:
+        return self.rows
+
+
+def last_chunk_first(graph: Any) -> Any:
+    """A toy policy: chunks in reverse order, as far as dependencies allow."""
+    from moefx.ir import Schedule
+
+    lanes: dict[str, list[str]] = {}
+    todo = sorted(graph.tasks, key=lambda t: -t.chunk)
+    done: set[str] = set()
+    while todo:
+        task = next(t for t in todo if done.issuperset(t.deps))
+        todo.remove(task)
+        done.add(task.name)
+        lanes.setdefault(task.resource, []).append(task.name)
+    return Schedule(graph.phase, graph.degree, tuple((lane, tuple(names)) for lane, names in lanes.items()))
+
+
+def from_outside() -> dict[str, float]:
+    moefx.register_codec("negated", Negated())
+    moefx.register_all_to_all("gathered", Gathered)
+    moefx.register_policy("last_chunk_first", last_chunk_first)
+    options = moefx.Options(
+        degree=3, policy="last_chunk_first", all_to_all="gathered", codec="negated", backward_codec="negated",
+        profile=_profile_file(),
+    )  # fmt: skip
+    original = language_model("mixtral", experts=4)
+    model = copy.deepcopy(original)
+    ids = batch(dist.get_rank())
+    moefx.optimize(model, (ids,), options, mesh=dist.group.WORLD)
+    (first, *_) = moefx.explain(model).found
+    assert "compute: encode_2 C1_2" in first.schedule
+    assert "rt.encode(" in first.source
+    before = Gathered.calls
+    errors = differences(original, model, ids)
+    assert Gathered.calls == before + 2 * 2 * 2 * 3  # layers, phases, exchanges, chunks
+    return errors
+
+
+def _profile_file() -> str:
+    """A profile of made-up costs; each rank writes its own copy."""
+    import tempfile
+    from pathlib import Path
+
+    from moefx.profile import from_links
+
+    profile = from_links("a machine", 1.0, 10.0, 0.1, 0.1, 5.0, 50.0, 2)
+    path = Path(tempfile.mkdtemp()) / f"profile_{dist.get_rank()}.json"
+    return str(profile.save(path))
+
+
+def test_plug_ins_from_outside() -> None:
+    """A codec, an all-to-all and a schedule policy that the package does not know."""
+    assert_exact(run_ranks(2, from_outside))
+
+
+@pytest.mark.parametrize("all_to_all", ["hierarchical", "pipe"])
+def test_all_to_alls(all_to_all: str) -> None:
+    assert_exact(run_ranks(4, on_two_nodes, all_to_all))
+
+
+def on_two_nodes(all_to_all: str) -> dict[str, float]:
+    import os
+
+    os.environ["MOEFX_NODE"] = str(dist.get_rank() // 2)
+    return compare("mixtral", {"degree": 2, "all_to_all": all_to_all}, {"experts": 8})
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def with_a_dead_rank(phase: str) -> str:
+    import os
+
+    model = language_model("mixtral", layers=2, experts=6)
+    ids = batch(0)
+    moefx.optimize(model, (ids,), moefx.Options(degree=2, policy="fifo"), mesh=dist.group.WORLD)
+    y = model(ids)
+    if phase == "forward" and dist.get_rank() == 1:
+        os._exit(1)
+    if phase == "forward":
+        return message(lambda: model(ids))
+    if dist.get_rank() == 1:
+        time.sleep(1000)  # stalls
+    return message(lambda: y.sum().backward())
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_lost_rank_is_named(phase: str) -> None:
+    """Dead in forward, stalled in backward: the others say which layer, task, chunk and peer, in time."""
+    texts = run_ranks(3, with_a_dead_rank, phase, group_timeout_s=8.0, lost=[1])
+    for rank in (0, 2):
+        layer = "layers.0.block" if phase == "forward" else "layers.1.block"
+        assert layer in texts[rank]
+        assert f"{phase}, task " in texts[rank]
+        assert "rank 1" in texts[rank]
