@@ -35,7 +35,7 @@ from moefx.passes import find
 from moefx.passes._lift import Lifter
 from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
 from moefx.passes.capture import capture
-from moefx.report import DeclinedBlock, FoundBlock, Report
+from moefx.report import DeclinedBlock, FoundBlock, Report, graphs_of
 from moefx.routing import Hypothesis
 from moefx.trace import Trace, precision
 
@@ -285,20 +285,25 @@ def _parallel() -> Any:
 def explain(model: nn.Module, example_inputs: Any = None, options: Options | None = None) -> Report:
     """The report on a model: what was done if it is optimised, else what `optimize` would do (nothing is changed).
 
-    Raises InputError when the model is not optimised and no example_inputs are given.
+    model: also what torch.compile made of it. With backend="moefx" the report has its graphs, once they are compiled.
+    Raises InputError when the model is neither optimised nor compiled and no example_inputs are given.
     """
     _check_model(model)
+    model = getattr(model, "_orig_mod", model)
     if options is not None and not isinstance(options, Options):
         raise InputError(f"options must be moefx.Options; got {type(options).__name__}")
-    state = _state(model)
+    state, graphs = _state(model), graphs_of(model.parameters())
     if state is not None:
         report: Report = state["report"]
+        report.graphs = graphs
         return report
     if example_inputs is None:
+        if graphs:
+            return Report(graphs=graphs)
         raise InputError(
             "explain needs example_inputs for a model that is not optimised: a tuple or a dict of its arguments"
         )
-    report = Report()
+    report = Report(graphs=graphs)
     _rewrite(model, _run_example(model, example_inputs), options or Options(), report, replace=False)
     return report
 

@@ -76,11 +76,15 @@ def moefx(
     inner = _inner(chosen.inner, mode)
     report = GraphReport(nodes=len(gm.graph.nodes), inner=chosen.inner)
     start = time.perf_counter()
-    _rewrite(gm, example_inputs, chosen, report)
+    with region_op.without_packing():
+        bound = _rewrite(gm, example_inputs, chosen, report)
     report.seconds = time.perf_counter() - start
     report.parameters = [weakref.ref(p) for p in example_inputs if isinstance(p, nn.Parameter)]
     GRAPHS.append(report)
-    return inner(gm, example_inputs)
+    compiled = inner(gm, example_inputs)
+    for region, params in bound:  # not before: the compiler has to find every parameter where Dynamo has seen it
+        region.binder.bind(params)
+    return compiled
 
 
 def _options(given: dict[str, Any]) -> BackendOptions:
@@ -424,7 +428,10 @@ def _differentiable(block: Block, inputs: tuple[Tensor, ...]) -> bool:
 # ------------------------------------------------------------------------------------------------ the whole graph
 
 
-def _rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport) -> None:
+Bound = list[tuple[CompiledRegion, dict[str, Tensor]]]  # regions with their parameters
+
+
+def _rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport) -> Bound:
     """Finds and replaces the regions of a graph, in place."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     params = {n: x for n, x in zip(placeholders, example_inputs) if isinstance(x, nn.Parameter)}
@@ -437,17 +444,19 @@ def _rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
                 params[node] = value
     if any(isinstance(x, FakeTensor) for x in example_inputs):
         report.declined.append(DeclinedBlock("", "the graph came without real inputs, which an analysis needs"))
-        return
+        return []
     parts = _candidates(gm.graph, params.__contains__, params)
+    bound: Bound = []
     try:
         if parts:
             with probe.neutral():
                 seen = _observe(gm, example_inputs, parts)
-            _rewrite_parts(gm, parts, params, seen, options, report)
+            bound = _rewrite_parts(gm, parts, params, seen, options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
         find_log.info("declined the graph: %s", reason)
     _warn_of_fragments(gm.graph, report)
+    return bound
 
 
 def _rewrite_parts(
@@ -457,7 +466,8 @@ def _rewrite_parts(
     seen: Observed,
     options: Options,
     report: GraphReport,
-) -> None:
+) -> Bound:
+    bound: Bound = []
     analysed: dict[Any, Found | Decline] = {}
     taken: set[fx.Node] = set()
     for part in parts:
@@ -476,12 +486,16 @@ def _rewrite_parts(
             continue
         taken.update(part.nodes)
         change = found.change if part is found.part else found.change.moved(found.part, part, found.call)
+        names = found.compiled.binder.names
+        theta = [params[n] for n in change.arguments[-len(names) :] if n is not None]
+        bound.append((found.compiled, dict(zip(names, theta))))
         _specialise(part)
         report.found.append(_reported(part, found))
         _inline(gm, apply(change))
         find_log.info("found %s: %s", part.name or "the graph", report.found[-1].routing)
     gm.graph.lint()
     gm.recompile()
+    return bound
 
 
 def _analyse(

@@ -12,6 +12,7 @@ are padded to T*K, so that no shape depends on data.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,9 +100,22 @@ def _result(compiled: CompiledRegion, y: Tensor, saved: Saved, save: bool) -> li
     return result
 
 
+_packing = [True]
+
+
+@contextlib.contextmanager
+def without_packing() -> Iterator[None]:
+    """Inside, parameters stay where they are: Dynamo has seen their places, and the compiler is about to look again."""
+    before, _packing[0] = _packing[0], False
+    try:
+        yield
+    finally:
+        _packing[0] = before
+
+
 def _may_pack(params: Sequence[Tensor]) -> bool:
     """Packing is for the user's own objects; a compiler may hand over stand-ins for them, which it would be lost on."""
-    return all(isinstance(p, nn.Parameter) for p in params)
+    return _packing[0] and all(isinstance(p, nn.Parameter) for p in params)
 
 
 @torch.library.custom_op(

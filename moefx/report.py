@@ -107,15 +107,27 @@ class Report:
     def __str__(self) -> str:
         if self.pending:
             return "moefx waits for the model's first call to see its inputs."
-        count = f"moefx: {len(self.found)} MoE block(s) found, {len(self.declined)} candidate(s) declined, {self.seconds:.1f} s"
-        parts = [count]
-        if not self.found:
+        found = len(self.found) + sum(len(graph.found) for graph in self.graphs)
+        declined = len(self.declined) + sum(len(graph.declined) for graph in self.graphs)
+        seconds = self.seconds + sum(graph.seconds for graph in self.graphs)
+        parts = [f"moefx: {found} MoE block(s) found, {declined} candidate(s) declined, {seconds:.1f} s"]
+        if not found:
             parts.append("no MoE block was rewritten; the model is unchanged")
         if self.found:
-            parts += ["", "found", *("\n".join("  " + line for line in str(b).splitlines()) for b in self.found)]
+            parts += ["", "found", *_indented(self.found)]
         if self.declined:
-            parts += ["", "declined", *("\n".join("  " + line for line in str(b).splitlines()) for b in self.declined)]
+            parts += ["", "declined", *_indented(self.declined)]
+        if self.graphs:
+            parts += ["", "graphs of torch.compile", *_indented(self.graphs)]
         return "\n".join(parts)
+
+
+def graphs_of(parameters: Iterable[object]) -> list[GraphReport]:
+    """The graphs of this process that read any of the parameters. Those whose parameters are all gone are forgotten."""
+    wanted = {id(p) for p in parameters}
+    alive = [(graph, {id(p) for ref in graph.parameters if (p := ref()) is not None}) for graph in GRAPHS]
+    GRAPHS[:] = [graph for graph, own in alive if own or not graph.parameters]
+    return [graph for graph, own in alive if own & wanted]
 
 
 def _indented(items: Iterable[object]) -> list[str]:

@@ -115,23 +115,23 @@ def part_of(name: str, nodes: Iterable[fx.Node], is_param: Callable[[fx.Node], b
     for node in list(graph.nodes)[first:]:
         if node not in after and any(source in after for source in node.all_input_nodes):
             after.add(node)
-    if after.intersection(entering):
+    if any(n in after and not _of_sizes(n) for n in entering):
         raise Decline("what enters this part of the graph depends on the part itself")
     used = dict.fromkeys(source for n in members for source in n.all_input_nodes if source in entering)
     entered = list(used)  # in the order of their first use, which equal structures share
     params = tuple(n for n in entered if is_param(n))
     tensors = tuple(n for n in entered if isinstance(value_of(n), Tensor) and n not in params)
-    sizes = tuple(n for n in entered if isinstance(value_of(n), (int, torch.SymInt)) and not isinstance(value_of(n), bool))
+    sizes = tuple(filter(_of_sizes, entered))
     others = tuple(n for n in entered if n not in params and n not in tensors and n not in sizes)
     outputs = tuple(n for n in members if any(user not in inside for user in n.users))
     return Part(name, members, tensors, params, sizes, others, outputs)
 
 
 def _of_sizes(node: fx.Node) -> bool:
-    """Whether a node is arithmetic on sizes that are known before the graph runs: it enters a part, however many share it."""
+    """Whether a node is a size that is known before the graph runs: it enters a part, however many parts share it."""
     value = value_of(node)
-    numbers = all(not isinstance(value_of(source), Tensor) for source in node.all_input_nodes)
-    return isinstance(value, (int, torch.SymInt)) and numbers and not free_unbacked_symbols(value)
+    number = isinstance(value, (int, torch.SymInt, torch.Size)) and not isinstance(value, bool)
+    return number and not free_unbacked_symbols(value)
 
 
 def _constant(node: fx.Node, is_param: Callable[[fx.Node], bool], known: dict[fx.Node, bool]) -> bool:
@@ -279,8 +279,8 @@ def opened_operator(target: Any) -> Any:
     return target if known is None else known._init_fn
 
 
-def _sizes(part: Part, inputs: Sequence[Tensor]) -> dict[fx.Node, int]:
-    """The integers that enter a part, from the sizes of the tensors that do. Raises Decline where they do not follow."""
+def _sizes(part: Part, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """The sizes that enter a part, from the sizes of the tensors that do. Raises Decline where they do not follow."""
     if not part.sizes:
         return {}
     known: dict[sympy.Symbol, int] = {}
@@ -297,14 +297,15 @@ def _sizes(part: Part, inputs: Sequence[Tensor]) -> dict[fx.Node, int]:
             roots = [r for r in sympy.solve(expr.subs(known) - int(actual), last) if r.is_Integer and r >= 0]
             if len(roots) == 1:
                 known[last] = int(roots[0])
-    result = {}
-    for node in part.sizes:
-        value = value_of(node)
-        number = value if isinstance(value, int) else value.node.expr.subs(known)
-        if not isinstance(value, int) and not number.is_Integer:
-            raise Decline(f"the size {value} does not follow from the tensors that enter")
-        result[node] = int(number)
-    return result
+
+    def number(size: Any) -> int:
+        known_size = sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size).subs(known)
+        if not known_size.is_Integer:
+            raise Decline(f"the size {size} does not follow from the tensors that enter")
+        return int(known_size)
+
+    values = {node: value_of(node) for node in part.sizes}
+    return {n: torch.Size(map(number, v)) if isinstance(v, torch.Size) else number(v) for n, v in values.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the change
