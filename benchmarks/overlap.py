@@ -127,43 +127,61 @@ def links(options: argparse.Namespace) -> None:
     if reason := why_not():
         sys.exit(reason)
     sizes = [1024 * 2**i for i in range(options.sizes)]
-    for hosts, mates in ((2, 1), (2, 2)):
-        for rate in options.rates:
-            with netbox(hosts, mates, rate) as box:
-                by_rank = box.run(measure_links, sizes, options.rounds, timeout_s=900)
-            print(f"### {hosts} hosts of {mates} rank{'s' * (mates > 1)}, {rate}/s out of each host\n")
-            # A run takes as long as its slowest rank.
-            runs = {
-                size: {name: [max(at) for at in zip(*(r[size][name] for r in by_rank))] for name in by_rank[0][size]}
-                for size in sizes
-            }
-            _report_links(runs, hosts * mates, mates)
+    for mates, between, within in LINKS:
+        with netbox(2, mates, between, within) as box:
+            by_rank = box.run(measure_links, sizes, options.rounds, timeout_s=900)
+        inside = f", {within}/s inside" if within else ""
+        print(f"### 2 hosts of {mates} rank{'s' * (mates > 1)}, {between}/s out of each{inside}\n")
+        # A run takes as long as its slowest rank.
+        runs = {
+            size: {name: [max(at) for at in zip(*(r[size][name] for r in by_rank))] for name in by_rank[0][size]}
+            for size in sizes
+        }
+        _report_times(runs, 2 * mates, mates)
+        _report_lines(runs, 2 * mates, mates)
 
 
-def _report_links(runs: dict[int, dict[str, list[float]]], ranks: int, mates: int) -> None:
+# Ranks a host, rate out of each host, rate inside. The last: m-1 messages inside take as long as P-m between.
+LINKS = (
+    (1, "100mbit", None),
+    (2, "100mbit", None),
+    (2, "1gbit", None),
+    (2, "200mbit", "100mbit"),
+)
+
+Runs = dict[int, dict[str, list[float]]]
+
+
+def _report_times(runs: Runs, ranks: int, mates: int) -> None:
     names = [name for name in next(iter(runs.values())) if name not in ("within", "between")]
     rows = []
     for size, of_size in runs.items():
         seconds = {name: statistics.median(times) for name, times in of_size.items()}
-        near, far = mates * seconds.get("within", 0.0), (ranks - mates) * seconds["between"]
-        cells = [f"{1e3 * seconds[name]:.2f}" for name in names]
-        gains = [f"{seconds['direct'] / seconds[name]:.2f}" for name in names if name not in ("direct", BASELINE)]
-        formula = [f"{1e3 * (near + far):.2f}", f"{1e3 * max(near, far):.2f}"]
-        rows.append([f"{size // 1024}", *cells, *gains, *formula, f"{(near + far) / max(near, far):.2f}"])
-    gains_of = [f"direct / {name}" for name in names if name not in ("direct", BASELINE)]
+        near, far = (mates - 1) * seconds.get("within", 0.0), (ranks - mates) * seconds["between"]
+        over_direct = [seconds[name] / seconds["direct"] for name in names if name != "direct"]
+        promised = [(near + far) / seconds["direct"], max(near, far) / seconds["direct"]]
+        rows.append(
+            [f"{size // 1024}", f"{1e3 * seconds['direct']:.2f}", *(f"{x:.2f}" for x in [*over_direct, *promised])]
+        )
     print(
-        "ms by KiB a message; then ScheMoE's m t1 + (P-m) t2 and max(m t1, (P-m) t2), and the gain that they promise\n"
+        "direct in ms by KiB a message; then times relative to it. sum, max: ScheMoE's (m-1) t1 + (P-m) t2 and the larger"
     )
-    table(["KiB", *names, *gains_of, "sum", "max", "sum / max"], rows)
+    print("of the two, with t1 and t2 measured: a message from every rank to a mate, and to another host.\n")
+    table(["KiB", "direct (ms)", *(name for name in names if name != "direct"), "sum", "max"], rows)
+
+
+def _report_lines(runs: Runs, ranks: int, mates: int) -> None:
+    names = [name for name in next(iter(runs.values())) if name != "within"]
     rows = []
     for name in names:
-        samples = [Sample(float(size * (ranks - mates)), tuple(times[name])) for size, times in runs.items()]
+        peers = 1 if name == "between" else ranks - mates
+        samples = [Sample(float(size * peers), tuple(times[name])) for size, times in runs.items()]
         line = line_of(samples, "wire_bytes")
         error = f"{100 * line.held_out_error:.1f} %" if line.held_out_error is not None else "-"
         rate = f"{8e-6 / line.beta_s_per_unit:.0f}" if line.beta_s_per_unit else "-"
         rows.append([name, f"{1e3 * line.alpha_s:.2f}", rate, f"{line.r2:.4f}", error])
     print(
-        "alpha + beta * bytes that a rank sends to other hosts; half of the sizes fitted, the error is that of the others\n"
+        "alpha + beta * bytes that a rank sends to other hosts. Half of the sizes are fitted, the error is that of the others.\n"
     )
     table(["all-to-all", "alpha (ms)", "1 / beta (Mbit/s)", "r2", "held-out error"], rows)
 
@@ -233,7 +251,6 @@ def main() -> None:
         return sub
 
     sub = command(links, "alpha and beta of every all-to-all between hosts")
-    sub.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], help="out of each host, as tc writes it")
     sub.add_argument(
         "--sizes", type=int, default=10, help="how many sizes of a message, from 1 KiB on, each twice the last"
     )

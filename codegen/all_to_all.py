@@ -94,7 +94,7 @@ ALL_TO_ALLS: Registry[MakeAllToAll] = Registry("all-to-all", requires=("__call__
 def make_all_to_all(name: str, group: dist.ProcessGroup, topology: Topology | None = None) -> AllToAll:
     """The named algorithm for a group. Every rank of the group calls it; without a topology they find out theirs."""
     make = ALL_TO_ALLS[name]
-    topology = topology or Topology.discover(group)
+    topology = Topology.of(topology.nodes) if topology else Topology.discover(group)
     if len(topology.nodes) != group.size():
         raise InputError(f"the topology has {len(topology.nodes)} ranks, the group {group.size()}")
     return make(group, topology)
@@ -266,6 +266,7 @@ class Hierarchical:
     Rank i of a node gathers from its mates all rows for the ranks that are number i of theirs, and forwards them. A node
     with fewer ranks than another forwards for several: number j is served by rank j mod m. Receivers put the rows in order.
     Without `all_rows`, mates first tell each other how many rows they will send; on CUDA the host then waits for these.
+    One node, or nodes of one rank, leave nothing to gather: then it is `Direct`.
     """
 
     def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
@@ -275,6 +276,7 @@ class Hierarchical:
         nodes = [topology.members(node) for node in range(max(topology.nodes) + 1)]
         number = [nodes[topology.nodes[rank]].index(rank) for rank in ranks]
         self._mates = nodes[topology.nodes[own]]
+        self._flat = Direct(group, topology) if len(nodes) in (1, group.size()) else None
         # duties[f]: the ranks that mate f forwards to, itself among them.
         size = len(self._mates)
         self._duties = {f: [d for d in ranks if number[d] % size == number[f]] for f in self._mates}
@@ -286,6 +288,8 @@ class Hierarchical:
     def start(
         self, send: Tensor, sent_rows: Rows, received_rows: Rows, all_rows: Sequence[Rows] | None = None
     ) -> Pending:
+        if self._flat:
+            return self._flat.start(send, sent_rows, received_rows)
         check_rows(self.group, send, sent_rows, received_rows)
         tag = next_tag(self.group)
         return later(lambda: self._run(send, sent_rows, received_rows, all_rows, tag), send, self._stream)

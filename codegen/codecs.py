@@ -215,7 +215,9 @@ class Fp8:
     def decode(self, wire: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
         codes, scales = wire[:, :d_model].contiguous(), wire[:, d_model:].int()
         scale = torch.where(scales == 255, float("nan"), power_of_2(scales.clamp(max=254) - 127))
-        x = blocks(codes.view(torch.float8_e4m3fn).float(), self._size(d_model)) * scale[..., None]
+        numbers = torch.arange(256, dtype=torch.uint8, device=wire.device).view(torch.float8_e4m3fn).float()
+        values = numbers.index_select(0, codes.flatten().int()).view(codes.shape)
+        x = blocks(values, self._size(d_model)) * scale[..., None]
         return as_rows_(x.flatten(1)[:, :d_model], dtype).contiguous()
 
     def wire_bytes(self, d_model: int, dtype: torch.dtype) -> int:
@@ -260,8 +262,9 @@ class Zfp:
 
     With x the block's numbers, c = H x their transform and b = bits-1 the planes of all, s is the smallest such
     that |c| / 2^s rounds to at most 2^(b-1) - 1, and |error| <= 3/8 * 2^s, plus the fixed point's rounding, 2^-19 of the largest
-    number's power of two. Since |c| <= 16 max|x|, that is at most 12 max|x| / (2^(b-1) - 1/2); for numbers like noise
-    it is some 16 times less. Below about 2^-120 the error stays where it is for 2^-120.
+    number's power of two. Since |c| <= 16 max|x|, that is at most 12 max|x| / (2^(b-1) - 1/2). It is a bound for the worst
+    block: Gaussian numbers come back with a root mean square error of 1.2 % at 8 bits and 21 % at 4. Below about 2^-120
+    the error stays what it is there.
     """
 
     def __init__(self, bits: int | None = None) -> None:

@@ -5,8 +5,8 @@
         process = box.start(["torchrun", ...], 0)   # any program on a host
 
 Each host is a namespace with an interface eth0, whose way out is limited to `inter_rate`; two hosts are joined directly,
-others by a bridge in a namespace of its own. Ranks of a host share its namespace and talk over lo, which nothing limits. Needs
-root and iproute2 (`apt-get install iproute2`): `why_not` says what is missing.
+others by a bridge in a namespace of its own. Ranks of a host share its namespace and talk over lo, by default as fast as
+it goes. Needs root and iproute2 (`apt-get install iproute2`): `why_not` says what is missing.
 
 Namespaces, links and processes go at the end of the `with`, on exceptions, KeyboardInterrupt, SIGTERM and at exit. What a killed
 process leaves is removed by the next box. Names contain the process's id, so that boxes do not collide.
@@ -57,12 +57,12 @@ def why_not() -> str | None:
 class Netbox:
     """Hosts that are up; see `netbox`."""
 
-    def __init__(self, hosts: int, ranks_per_host: int, inter_rate: str | None) -> None:
+    def __init__(self, hosts: int, ranks_per_host: int, inter_rate: str | None, intra_rate: str | None) -> None:
         self.hosts, self.ranks_per_host = hosts, ranks_per_host
         name = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
         self.namespaces = [f"{name}-{host}" for host in range(hosts)]
         self._bridge = f"{name}-bridge" if hosts != 2 else None
-        self._rate = inter_rate
+        self._rates = {"eth0": inter_rate, "lo": intra_rate}
         self._processes: list[subprocess.Popen[str]] = []
 
     @property
@@ -139,10 +139,15 @@ class Netbox:
 
 
 @contextmanager
-def netbox(hosts: int = 2, ranks_per_host: int = 1, inter_rate: str | None = "200mbit") -> Iterator[Netbox]:
-    """A box of hosts. inter_rate: bits a second out of each host, as `tc` writes it ("200mbit"); None: no limit."""
+def netbox(
+    hosts: int = 2, ranks_per_host: int = 1, inter_rate: str | None = "200mbit", intra_rate: str | None = None
+) -> Iterator[Netbox]:
+    """A box of hosts. inter_rate: bits a second out of each host, as `tc` writes it ("200mbit"); None: no limit.
+
+    intra_rate: bits a second of all that the ranks of a host send each other.
+    """
     sweep()
-    box = Netbox(hosts, ranks_per_host, inter_rate)
+    box = Netbox(hosts, ranks_per_host, inter_rate, intra_rate)
     with _terminated_in_order():
         try:
             box.open()

@@ -165,6 +165,8 @@ def test_int8_hits_the_bound_and_the_ends() -> None:
     wire = Int8().encode(x)
     assert wire[0, :5].view(torch.int8).tolist() == [127, -127, 64, 0, 1]
     assert Int8().decode(wire, 5, F32).tolist() == [[127.0, -127.0, 64.0, 0.0, 1.0]]
+    least = torch.full((1, 4), 180 * 2.0**-149)  # whose step, 1.4 * 2^-149, would round to 2^-149
+    assert Int8().encode(least)[0, :4].tolist() == [0] * 4
 
 
 def test_fp8_is_exact_for_its_own_numbers() -> None:

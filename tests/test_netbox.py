@@ -67,8 +67,9 @@ def test_the_links_are_limited(netbox, hosts: int) -> None:
             process = box.start(["tc", "qdisc", "show", "dev", "eth0"], host)
             assert "tbf" in (text := process.communicate()[0]) and "rate 123Mbit" in text
         assert box.run(dist.get_rank) == list(range(hosts))
-    with netbox(hosts=hosts, inter_rate=None) as box:
+    with netbox(hosts=hosts, inter_rate=None, intra_rate="77mbit") as box:
         assert "tbf" not in box.start(["tc", "qdisc", "show", "dev", "eth0"], 0).communicate()[0]
+        assert "rate 77Mbit" in box.start(["tc", "qdisc", "show", "dev", "lo"], 0).communicate()[0]
 
 
 def exchange(name: str) -> tuple[tuple[int, ...], list[float]]:
