@@ -6,13 +6,13 @@ import hashlib
 import linecache
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import CodeType
+from types import CodeType, MappingProxyType
 from typing import Any, Literal
 
 from moefx.codegen.emit import emit
 from moefx.compiled import CompiledRegion, Emitted
 from moefx.costs import Sizes, price
-from moefx.ir import Plan, Region, Schedule, TaskGraph
+from moefx.ir import Plan, Region, Schedule, Task, TaskGraph
 from moefx.options import Options
 from moefx.passes.lower import lower
 from moefx.passes.lower_parallel import lower_parallel
@@ -22,7 +22,7 @@ from moefx.passes.schedule import choose, schedule
 from moefx.passes.simplify import simplify
 from moefx.profile import Profile
 from moefx.region_op import register
-from moefx.simulate import Timeline, simulate
+from moefx.simulate import COMPUTE, Timeline, simulate
 
 PHASES: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
 MOST_CHUNKS = 64  # "auto" looks at degrees up to here
@@ -57,20 +57,23 @@ def compile_parallel(
     profile: Profile | None,
     wire_shares: Mapping[str, float],
     decided: Sequence[str] = (),
+    chunk_s: Mapping[str, float] = MappingProxyType({}),
 ) -> ParallelPlans:
-    """partition -> schedule -> lower -> emit -> load for a region on several ranks, of which this one holds `local`.
+    """partition -> schedule -> lower -> emit -> load for a simplified region on ranks, of which this one holds `local`.
 
     sizes, profile: what a degree or an order that `options` leave open is chosen by. wire_shares: by phase, the bytes of an
     encoded row per byte of a row; no entry, no codec. decided: the texts of the schedules, where another rank has chosen.
+    chunk_s: by phase, seconds that one more chunk costs however few rows it has, beyond what the profile knows; and as
+    "exchange" those of an exchange of next to nothing, which no exchange is faster than.
     """
-    region, local = simplify(region), simplify(local)
     chosen = []
     for i in (0, 1):
         phase = PHASES[i]
         layout = Layout(codec=phase in wire_shares)
         priced = replace(sizes, wire_share=wire_shares.get(phase, 1.0))
         given = Schedule.parse(decided[i]) if decided else None
-        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given))
+        least = chunk_s.get(phase, 0.0), chunk_s.get("exchange", 0.0)
+        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least))
     graphs, schedules, timelines = (tuple(column) for column in zip(*chosen))
     degree = schedules[0].degree
     forward, backward = (
@@ -88,12 +91,23 @@ def _choose(
     sizes: Sizes,
     profile: Profile | None,
     given: Schedule | None,
+    chunk_s: float,
+    exchange_s: float,
 ) -> tuple[TaskGraph, Schedule, Timeline | None]:
     """The graph, its order, and what it costs."""
 
     def build(r: int) -> TaskGraph:
         graph = expert_parallel(r, phase, layout)
-        return price(graph, sizes, profile) if profile is not None and r <= sizes.capacity else graph
+        if profile is None or r > sizes.capacity:
+            return graph
+        graph = price(graph, sizes, profile)
+        share = chunk_s / max(1, sum(t.resource == COMPUTE and t.chunk == 0 for t in graph.tasks))
+
+        def seconds(task: Task) -> float:
+            known = graph.seconds[task.name]
+            return known + share if task.resource == COMPUTE else max(known, exchange_s)
+
+        return graph.timed(seconds)
 
     if given is not None:
         graph = build(given.degree)

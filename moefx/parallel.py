@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +48,7 @@ from moefx.runtime import Runtime, ops_for
 log = logging.getLogger(__name__)
 
 Degrees = tuple[int, int]
+MANY = 8  # chunks of a plan that shows what a chunk costs
 
 
 # ------------------------------------------------------------------------------------------------ what a rank holds
@@ -228,7 +231,7 @@ def distribute(
         example = examples[name]
         about = repr((region, example.token_sizes))
         if about not in decided:
-            decided[about] = _decide(region, held.region, module, example, group, options)
+            decided[about] = _decide(region, held, module, example, wire, options)
         plans = decided[about]
         one = replace(wire, experts=region.experts, layer=name or "the model")
         compiled = ParallelRegion(region, held.region, plans, options.kernels, one)
@@ -283,10 +286,10 @@ def _wire(group: dist.ProcessGroup, options: Options) -> Wire:
 
 
 def _decide(
-    region: Region, local: Region, module: nn.Module, example: probe.Example, group: dist.ProcessGroup, options: Options
+    region: Region, held: Holding, module: nn.Module, example: probe.Example, wire: Wire, options: Options
 ) -> ParallelPlans:
     """The plans of a region; rank 0 decides about the degrees and orders, and all follow."""
-    parameter = next(p for p in module.parameters())
+    group, parameter = wire.group, next(p for p in module.parameters())
     tokens = next((t for t in example.leaves() if isinstance(t, Tensor) and t.is_floating_point()), None)
     sizes = Sizes(
         tokens=max(1, tokens.numel() // tokens.shape[-1] if tokens is not None else 1),
@@ -294,18 +297,69 @@ def _decide(
         experts=-(-region.experts // group.size()) * group.size(), ranks=group.size(),
         bytes_per_element=parameter.element_size(), matrices=_matrices(region),
     )  # fmt: skip
-    profile = _profile(parameter.device.type, group, options) if options.timed else None
+    codecs = {"forward": options.codec, "backward": options.backward_codec}
+    width, dtype = region.d_model, parameter.dtype
     shares = {
-        phase: CODECS[name].wire_bytes(region.d_model, parameter.dtype) / (region.d_model * parameter.element_size())
-        for phase, name in (("forward", options.codec), ("backward", options.backward_codec))
-        if name != "none"
-    }
+        phase: CODECS[name].wire_bytes(width, dtype) / (width * dtype.itemsize)
+        for phase, name in codecs.items() if name != "none"
+    }  # fmt: skip
+    profile, chunk_s = None, dict[str, float]()
+    if options.timed:
+        profile = _profile(parameter.device.type, group, options)
+        params = {n: _piece(p, group) if n in held.stacked else p for n, p in module.named_parameters()}
+        chunk_s = chunk_seconds(region, held.region, params, replace(wire, experts=region.experts), options.kernels)
     texts: list[Any] = [None]
     if group.rank() == 0:
-        decided = compile_parallel(region, local, options, sizes, profile, shares)
-        texts = [[str(s) for s in decided.schedules]]
+        first = compile_parallel(region, held.region, options, sizes, profile, shares, chunk_s=chunk_s)
+        texts = [[str(s) for s in first.schedules]]
     dist.broadcast_object_list(texts, dist.get_global_rank(group, 0), group)
-    return compile_parallel(region, local, options, sizes, profile, shares, tuple(texts[0]))
+    return compile_parallel(region, held.region, options, sizes, profile, shares, tuple(texts[0]), chunk_s)
+
+
+def chunk_seconds(
+    region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str
+) -> dict[str, float]:
+    """By phase, what one more chunk costs when there is next to nothing in it, and the same of an "exchange".
+
+    All ranks call it.
+
+    Launches of kernels, messages without content and the plan's own Python: measured with plans of 1 and of MANY chunks of a
+    few tokens, on this rank's pieces of the parameters.
+    """
+    few = max(2 * MANY, wire.ranks)
+    device = next(iter(params.values())).device
+    dtype = next(iter(params.values())).dtype
+    x = torch.zeros(few, region.d_model, dtype=dtype, device=device)
+    ids = torch.arange(few * region.top_k, device=device).view(few, -1) % region.experts
+    w = torch.ones(ids.shape, dtype=dtype, device=device)
+    seconds: dict[str, list[float]] = {"forward": [], "backward": []}
+    bare = replace(wire, codecs={})
+    for degree in (1, MANY):
+        options = Options(degree=degree, policy="fifo")
+        sizes = Sizes(few, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
+        plans = compile_parallel(region, local, options, sizes, None, {})
+        compiled = ParallelRegion(region, local, plans, kernels, bare)
+        tensors = [params[name].detach() for name in compiled.binder.names]
+        forward = lambda c=compiled, t=tensors: c.run_forward(x, ids, w, t, None)  # noqa: E731
+        y, saved = forward()
+        backward = lambda c=compiled, t=tensors, s=saved, g=y: c.run_backward(s, g, t, [False] * len(t), True, None)  # noqa: E731
+        for phase, run in (("forward", forward), ("backward", backward)):
+            seconds[phase].append(_median_s(run, wire.group, device))
+    few_rows, counts = x[: wire.ranks].contiguous(), [1] * wire.ranks
+    exchange = _median_s(lambda: wire.all_to_all.start(few_rows, counts, counts).wait(), wire.group, device)
+    return {phase: max(0.0, (many - one) / (MANY - 1)) for phase, (one, many) in seconds.items()} | {"exchange": exchange}
+
+
+def _median_s(run: Callable[[], Any], group: dist.ProcessGroup, device: torch.device) -> float:
+    times = []
+    for _ in range(6):
+        dist.barrier(group)
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 def _matrices(region: Region) -> int:

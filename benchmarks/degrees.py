@@ -1,0 +1,348 @@
+"""Layers with experts on ranks, in a netbox (tests/netbox.py): is the chosen degree the best one, and what is hidden?
+
+    python benchmarks/degrees.py sweep      chosen degree against every degree 1 .. 16, and the predicted time
+    python benchmarks/degrees.py gain       forward + backward: auto against r = 1, and the share of communication hidden
+    python benchmarks/degrees.py ablation   naive -> codec -> pipe -> schedule, and the schedule alone
+
+Two hosts joined by a link of a given rate, one thread a rank; costs are calibrated in the box first. What is compared is
+measured in turns within one run; times are medians of the slowest rank. Tables are Markdown, for docs/parallel.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from moefx.codegen.all_to_all import make_all_to_all  # noqa: E402
+from moefx.codegen.codecs import CODECS  # noqa: E402
+from moefx.passes.simplify import simplify  # noqa: E402
+from netbox import netbox, why_not  # noqa: E402
+from overlap import table  # noqa: E402
+
+import moefx  # noqa: E402
+from moefx import calibrate  # noqa: E402
+from moefx.build import ParallelPlans, compile_parallel  # noqa: E402
+from moefx.costs import Sizes  # noqa: E402
+from moefx.exchange import Wire  # noqa: E402
+from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template  # noqa: E402
+from moefx.parallel import ParallelRegion, chunk_seconds, holding  # noqa: E402
+from moefx.profile import Profile  # noqa: E402
+
+DEGREES = 16
+CLOSE = 0.05  # within this of the best counts as a hit
+
+
+@dataclass(frozen=True)
+class Layer:
+    """T tokens a rank, D model width, F expert width, E experts, K experts a token; SwiGLU, float32."""
+
+    tokens: int
+    d_model: int
+    d_expert: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} D={self.d_model} F={self.d_expert} E={self.experts} K={self.top_k}"
+
+    def region(self) -> Region:
+        d, f, e = self.d_model, self.d_expert, self.experts
+
+        def leaf(name: str, shape: tuple[int, int], at: int, every: int) -> Leaf:
+            return Leaf(shape, (1, shape[0]), (name,) * e, tuple(at + i * every for i in range(e)))
+
+        leaves = (
+            leaf("gate_up", (d, f), 0, 2 * d * f), leaf("gate_up", (d, f), d * f, 2 * d * f), leaf("down", (f, d), 0, d * f)
+        )  # fmt: skip
+        instrs = (
+            Instr("x", width=d),
+            Instr("linear", args=(Ref(0), LeafRef(0)), width=f),
+            Instr("linear", args=(Ref(0), LeafRef(1)), width=f),
+            Instr("op", "aten.silu.default", (Ref(1),), (), f),
+            Instr("op", "aten.mul.Tensor", (Ref(3), Ref(2)), (), f),
+            Instr("linear", args=(Ref(4), LeafRef(2)), width=d),
+        )
+        return simplify(Region(e, self.top_k, d, d, f, Template(instrs), leaves))
+
+    def sizes(self, ranks: int) -> Sizes:
+        return Sizes(self.tokens, self.top_k, self.d_model, self.d_expert, self.experts, ranks, bytes_per_element=4)
+
+
+class Rank:
+    """This rank's part of a layer, its inputs, and plans of it."""
+
+    def __init__(self, layer: Layer, profile: Profile | None) -> None:
+        self.layer, self.profile = layer, profile
+        self.chunk_s: dict[str, float] | None = None
+        self.group = dist.distributed_c10d._get_default_group()
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        d, f, e = layer.d_model, layer.d_expert, layer.experts
+        whole = {"gate_up": torch.empty(e, 2 * f, d), "down": torch.empty(e, d, f)}
+        self.held = holding(layer.region(), whole, self.group.size(), self.group.rank())
+        own = self.held.region.experts
+        self.params = {
+            n: (torch.randn(own, *w.shape[1:], generator=generator) * w.shape[-1] ** -0.5).requires_grad_()
+            for n, w in whole.items()
+        }
+        self.x = torch.randn(layer.tokens, d, generator=generator).requires_grad_()
+        scores = torch.rand(layer.tokens, e, generator=generator)
+        # Balanced, as the cost model has it: every expert gets as many rows.
+        turn = torch.arange(layer.tokens).unsqueeze(1) + torch.arange(layer.top_k)
+        self.ids = (turn * max(1, e // max(layer.top_k, 1)) + torch.arange(layer.tokens).unsqueeze(1)) % e
+        if layer.top_k > 1:
+            self.ids = (torch.arange(layer.tokens).unsqueeze(1) + torch.arange(layer.top_k)) % e
+        self.w = scores[:, : layer.top_k].contiguous()
+        self.gy = torch.randn(layer.tokens, d, generator=generator)
+
+    def plan(self, options: moefx.Options) -> tuple[ParallelRegion, ParallelPlans]:
+        shares = {
+            phase: CODECS[name].wire_bytes(self.layer.d_model, torch.float32) / (4 * self.layer.d_model)
+            for phase, name in (("forward", options.codec), ("backward", options.backward_codec)) if name != "none"
+        }  # fmt: skip
+        wire = Wire(
+            self.group, self.layer.experts, exchange_of(options.all_to_all), exchange_of("direct"),
+            {phase: CODECS[name] for phase, name in (("forward", options.codec), ("backward", options.backward_codec))
+             if name != "none"},
+        )  # fmt: skip
+        region, held = self.layer.region(), self.held.region
+        if self.chunk_s is None and self.profile is not None:
+            self.chunk_s = chunk_seconds(region, held, self.params, wire, "torch")
+        sizes = self.layer.sizes(self.group.size())
+        plans = compile_parallel(region, held, options, sizes, self.profile, shares, chunk_s=self.chunk_s or {})
+        return ParallelRegion(self.layer.region(), self.held.region, plans, "torch", wire), plans
+
+    def forward(self, region: ParallelRegion) -> Callable[[], Any]:
+        tensors = [self.params[n] for n in region.binder.names]
+        return lambda: region.run_forward(self.x.detach(), self.ids, self.w, tensors, None)
+
+    def step(self, region: ParallelRegion) -> Callable[[], Any]:
+        return lambda: region(self.x, self.ids, self.w, self.params).backward(self.gy)
+
+
+_exchanges: dict[str, Any] = {}
+
+
+def exchange_of(name: str) -> Any:
+    """One all-to-all of each kind for the life of the process group."""
+    if name not in _exchanges:
+        _exchanges[name] = make_all_to_all(name, dist.distributed_c10d._get_default_group())
+    return _exchanges[name]
+
+
+def in_turns(works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Median seconds of each on the slowest rank; one run of each a round, after one that does not count."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for turn in range(rounds + 1):
+        for times, work in zip(seconds, works):
+            dist.barrier()
+            began = time.perf_counter()
+            work()
+            took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            if turn:
+                times.append(float(took))
+    return [statistics.median(times) for times in seconds]
+
+
+def profile_here(scale: float) -> Profile:
+    """Calibrated in this group; rank 0's for all."""
+    made = [calibrate.calibrate("cpu", dist.get_world_size(), scale).dumps()]
+    dist.broadcast_object_list(made)
+    return Profile.loads(made[0])
+
+
+# ------------------------------------------------------------------------------------------------ sweep
+
+
+def layers(count: int, rate_mbit: float, seed: int) -> list[Layer]:
+    """Layers whose exchange takes some ms to a tenth of a second on such a link."""
+    rng, result = random.Random(seed), list[Layer]()
+    while len(result) < count:
+        experts = rng.choice((2, 4, 8))
+        layer = Layer(
+            rng.choice((256, 512, 1024, 2048)), rng.choice((64, 128, 256, 512)), rng.choice((64, 128, 256, 512, 1024)),
+            experts, rng.choice((1, 2) if experts > 2 else (1,)),
+        )  # fmt: skip
+        exchange_s = layer.tokens * layer.top_k * layer.d_model * 4 / 2 * 8 / (1e6 * rate_mbit)
+        experts_s = 6 * layer.tokens * layer.top_k * layer.d_model * layer.d_expert / 4e10
+        if 2e-3 < exchange_s < 6e-2 and 2e-3 < experts_s < 8e-2 and layer not in result:
+            result.append(layer)
+    return result
+
+
+def sweep_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> tuple[str, list[dict[str, Any]]]:
+    profile = profile_here(scale)
+    rows = []
+    for layer in chosen:
+        rank = Rank(layer, profile)
+        _, auto = rank.plan(moefx.Options())
+        degrees = [r for r in range(1, DEGREES + 1) if r <= layer.sizes(dist.get_world_size()).capacity]
+        made = [rank.plan(moefx.Options(degree=r)) for r in degrees]
+        measured = in_turns([rank.forward(region) for region, _ in made], rounds)
+        timelines = [plans.timelines[0] for _, plans in made]
+        rows.append({
+            "layer": asdict(layer), "chosen": auto.schedules[0].degree, "degrees": degrees, "seconds": measured,
+            "predicted": [t.makespan_s if t else None for t in timelines], "chunk_s": rank.chunk_s,
+        })  # fmt: skip
+    return str(profile), rows
+
+
+def sweep(options: argparse.Namespace) -> None:
+    results: dict[str, list[dict[str, Any]]] = {}
+    for i, rate in enumerate(options.rates):
+        chosen = layers(options.layers // len(options.rates), float(rate.removesuffix("mbit")), i)
+        with netbox(2, 1, rate) as box:
+            profile, rows = box.run(sweep_rank, chosen, options.rounds, options.scale, timeout_s=1800)[0]
+        print(f"{rate}: {profile}\n", file=sys.stderr, flush=True)
+        results[rate] = rows
+    if options.out:
+        options.out.write_text(json.dumps(results), encoding="utf-8")
+    rows = []
+    for rate, found in [*results.items(), ("all", [row for rows_ in results.values() for row in rows_])]:
+        regret = {name: [_regret(row, pick) for row in found] for name, pick in PICKS.items()}
+        errors = [abs(row["predicted"][d] / row["seconds"][d] - 1) for row in found for d in (_at(row, row["chosen"]),)]
+        best = [row["seconds"][0] / min(row["seconds"]) for row in found]
+        for name, values in regret.items():
+            close = sum(v <= CLOSE for v in values)
+            cells = [f"{100 * close / len(values):.0f} %", f"{100 * statistics.mean(values):.1f} %", f"{100 * max(values):.1f} %"]
+            more = [f"{100 * statistics.median(errors):.1f} %", f"{statistics.mean(best):.2f}"] if name == "auto" else ["", ""]
+            rows.append([rate, str(len(values)), name, *cells, *more])
+    table(["link", "layers", "degree", "within 5 %", "mean regret", "worst", "error of the prediction", "best / r=1"], rows)
+
+
+def _at(row: dict[str, Any], degree: int) -> int:
+    return row["degrees"].index(min(degree, row["degrees"][-1]))
+
+
+def _regret(row: dict[str, Any], pick: Callable[[dict[str, Any]], int]) -> float:
+    return row["seconds"][_at(row, pick(row))] / min(row["seconds"]) - 1
+
+
+PICKS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "auto": lambda row: row["chosen"], "r=1": lambda row: 1, "r=2": lambda row: 2, "r=4": lambda row: 4,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ gain
+
+
+def gain_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> list[dict[str, Any]]:
+    profile = profile_here(scale)
+    rows = []
+    for layer in chosen:
+        rank = Rank(layer, profile)
+        one, _ = rank.plan(moefx.Options(degree=1))
+        best, plans = rank.plan(moefx.Options())
+        # What cannot overlap: the same work without any wire, and the exchanges alone.
+        alone = rank.plan(moefx.Options(degree=1))[0]
+        alone.wire = replace(alone.wire, all_to_all=Nowhere())
+        one_s, auto_s, compute_s = in_turns([rank.step(one), rank.step(best), rank.step(alone)], rounds)
+        rows.append({
+            "layer": asdict(layer), "one": one_s, "auto": auto_s, "compute": compute_s, "degrees": best.degrees,
+            "predicted": sum(t.makespan_s for t in plans.timelines if t),
+        })  # fmt: skip
+    return rows
+
+
+class Nowhere:
+    """Rows arrive at once, as if every link were infinitely fast: the same number, of one's own."""
+
+    def start(self, send: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], all_rows: Any = None) -> Any:
+        rows = send.new_zeros(sum(received_rows), send.shape[1])
+        n = min(len(rows), len(send))
+        rows[:n] = send[:n]
+        return _Here(rows)
+
+
+@dataclass
+class _Here:
+    rows: Tensor
+
+    def wait(self) -> Tensor:
+        return self.rows
+
+
+def gain(options: argparse.Namespace) -> None:
+    rows = []
+    for rate in options.rates:
+        chosen = [Layer(1024, 256, f, 4, 2) for f in (32, 128, 256, 512, 1024, 2048)]
+        with netbox(2, 1, rate) as box:
+            found = box.run(gain_rank, chosen, options.rounds, options.scale, timeout_s=1800)[0]
+        for row in found:
+            wire_s = row["one"] - row["compute"]
+            could = min(wire_s, row["compute"])  # a perfect schedule hides the smaller of the two
+            hidden = (row["one"] - row["auto"]) / could if could > 0 else 0.0
+            rows.append([
+                rate, str(Layer(**row["layer"])), f"{1e3 * row['compute']:.0f}", f"{1e3 * wire_s:.0f}", f"{1e3 * row['one']:.0f}",
+                f"{1e3 * row['auto']:.0f}", f"{row['degrees'][0]}, {row['degrees'][1]}", f"{row['one'] / row['auto']:.2f}",
+                f"{100 * hidden:.0f} %", f"{100 * (row['predicted'] / row['auto'] - 1):+.0f} %",
+            ])  # fmt: skip
+    head = ["link", "layer", "compute ms", "wire ms", "r=1 ms", "auto ms", "r forward, backward", "gain", "hidden", "prediction"]
+    table(head, rows)
+
+
+# ------------------------------------------------------------------------------------------------ ablation
+
+
+def ablation_rank(layer: Layer, rounds: int, scale: float) -> dict[str, float]:
+    rank = Rank(layer, profile_here(scale))
+    coded = {"codec": "int8", "backward_codec": "int8"}
+    steps: dict[str, dict[str, Any]] = {
+        "naive (r=1, direct)": {"degree": 1},
+        "+ codec int8": {"degree": 1, **coded},
+        "+ pipe": {"degree": 1, "all_to_all": "pipe", **coded},
+        "+ schedule (auto)": {"all_to_all": "pipe", **coded},
+        "schedule alone": {},
+        "schedule alone, r=2 fifo": {"degree": 2, "policy": "fifo"},
+    }
+    works = [rank.step(rank.plan(moefx.Options(**o))[0]) for o in steps.values()]
+    return dict(zip(steps, in_turns(works, rounds)))
+
+
+def ablation(options: argparse.Namespace) -> None:
+    rows = []
+    for rate in options.rates:
+        with netbox(2, 2, rate) as box:
+            found = box.run(ablation_rank, Layer(1024, 256, 256, 4, 2), options.rounds, options.scale, timeout_s=1800)[0]
+        naive = next(iter(found.values()))
+        rows += [[rate, name, f"{1e3 * s:.0f}", f"{naive / s:.2f}"] for name, s in found.items()]
+    table(["link", "step", "ms", "naive / this"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for run, rates, rounds in (
+        (sweep, ["100mbit", "200mbit", "400mbit", "800mbit"], 3), (gain, ["200mbit", "400mbit"], 5), (ablation, ["200mbit"], 5),
+    ):  # fmt: skip
+        sub = commands.add_parser(run.__name__)
+        sub.set_defaults(run=run)
+        sub.add_argument("--rates", nargs="+", default=rates, help="out of each host, as tc writes it")
+        sub.add_argument("--rounds", type=int, default=rounds)
+        sub.add_argument("--scale", type=float, default=0.5, help="of the sizes that are calibrated")
+        if run is sweep:
+            sub.add_argument("--layers", type=int, default=104)
+            sub.add_argument("--out", type=Path, help="raw measurements, JSON")
+    if reason := why_not():
+        sys.exit(reason)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
