@@ -118,10 +118,10 @@ class Netbox:
         for host, namespace in enumerate(self.namespaces):
             ip("-n", namespace, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
             ip("-n", namespace, "link", "set", "eth0", "up")
-            if self._rate:
-                command(
-                    "tc", "-n", namespace, "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", self._rate, *BUCKET
-                )
+            for interface, rate in self._rates.items():
+                if rate:
+                    limit = ("root", "tbf", "rate", rate, *BUCKET)
+                    command("tc", "-n", namespace, "qdisc", "add", "dev", interface, *limit)
 
     @staticmethod
     def _join(namespace: str, interface: str, other: str, its: str) -> None:
