@@ -126,7 +126,7 @@ def measure_links(sizes: Sequence[int], rounds: int) -> dict[int, dict[str, list
 def links(options: argparse.Namespace) -> None:
     if reason := why_not():
         sys.exit(reason)
-    sizes = [1024 * 2**i for i in range(options.sizes)]
+    sizes = [4096 * 2**i for i in range(options.sizes)]
     for mates, between, within in LINKS:
         with netbox(2, mates, between, within) as box:
             by_rank = box.run(measure_links, sizes, options.rounds, timeout_s=900)
@@ -143,9 +143,9 @@ def links(options: argparse.Namespace) -> None:
 
 # Ranks a host, rate out of each host, rate inside. The last: m-1 messages inside take as long as P-m between.
 LINKS = (
-    (1, "100mbit", None),
-    (2, "100mbit", None),
-    (2, "1gbit", None),
+    (1, "200mbit", None),
+    (2, "200mbit", None),
+    (2, "800mbit", None),
     (2, "200mbit", "100mbit"),
 )
 

@@ -34,7 +34,7 @@ PREFIX = "moefx-box"
 NAMESPACES = Path("/run/netns")
 PORT = 29500  # free in every new namespace
 # The bucket of tbf passes at full speed, so it is kept small against messages; latency is the longest time in its queue.
-BUCKET = ("burst", "32kb", "latency", "200ms")
+BUCKET = ("burst", "8kb", "latency", "200ms")
 
 _numbers = itertools.count()
 _open: list[Netbox] = []
@@ -120,6 +120,9 @@ class Netbox:
             ip("-n", namespace, "link", "set", "eth0", "up")
             for interface, rate in self._rates.items():
                 if rate:
+                    ip(
+                        "-n", namespace, "link", "set", interface, "mtu", "1500"
+                    )  # larger packets than the bucket never pass
                     limit = ("root", "tbf", "rate", rate, *BUCKET)
                     command("tc", "-n", namespace, "qdisc", "add", "dev", interface, *limit)
 

@@ -110,6 +110,12 @@ def test_torchrun_on_every_host(netbox, tmp_path: Path) -> None:
             assert text.count(f"sum 6.0 on {host}") == 2
 
 
+def test_a_limited_host_passes_large_messages(netbox) -> None:
+    with netbox(hosts=2, ranks_per_host=2, inter_rate="100mbit", intra_rate="100mbit") as box:
+        near = box.run(send_a_megabyte, 0, 1, group_timeout_s=20)[0]
+    assert near["lo"] > MEGABYTE
+
+
 def test_boxes_side_by_side(netbox) -> None:
     with netbox() as one, netbox() as other:
         assert not set(one.namespaces) & set(other.namespaces)
