@@ -175,9 +175,13 @@ def _repeats(part: Part, smaller: list[Part]) -> bool:
 
 @dataclass
 class Observed:
-    """What one run of the graph on its example inputs showed: the values that enter the parts."""
+    """What one run of the graph on its example inputs showed: the values that enter the parts.
+
+    autocast: (device, dtype) of the autocast that the caller is in.
+    """
 
     values: dict[fx.Node, Any]
+    autocast: tuple[tuple[str, torch.dtype], ...]
 
 
 class _Observer(fx.Interpreter):
@@ -197,13 +201,14 @@ def _observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part]) -> Ob
     wanted = {n for part in parts for n in (*part.inputs, *part.others, *part.sizes)}
     copies = [x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else _hint(x) for x in inputs]
     devices = list({x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"})
+    autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     observer = _Observer(gm, wanted)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             observer.run(*copies)
     except Exception as error:
         raise Decline(f"the graph does not run on its example inputs: {type(error).__name__}: {error}") from error
-    return Observed(observer.seen)
+    return Observed(observer.seen, autocast)
 
 
 def _hint(x: Any) -> Any:
@@ -291,7 +296,7 @@ class _Analysis:
     def __init__(
         self, gm: fx.GraphModule, part: Part, params: dict[fx.Node, nn.Parameter], seen: Observed, options: Options
     ) -> None:
-        self.gm, self.part, self.options = gm, part, options
+        self.gm, self.part, self.options, self.autocast = gm, part, options, seen.autocast
         self.own = [params[n] for n in part.params]
         self.others = {n: seen.values[n] for n in part.others}
         self.entering = tuple(seen.values[n] for n in part.inputs)
@@ -362,7 +367,9 @@ class _Analysis:
         arguments = (*needed, like, *theta)
         change = Change(roles.after, roles.combined, arguments, call, dead)
         lowest = precision([v.tensor for v in hypothesis.trace.values])
-        probing = replace(change, call=_probing(call, self.twin))
+        probed = hypothesis.x.tensor.dtype, hypothesis.combined.tensor.dtype  # autocast is none of the probe's
+        on_probe = Routed(compiled, call.routing, leading, None if probed[0] == probed[1] else probed[1])
+        probing = replace(change, call=on_probe)
         run = lambda a, k: self.twin.run(a, probing)  # noqa: E731
         errors = verify.verify(
             self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=True
@@ -390,15 +397,10 @@ class _Analysis:
         """The part itself against its changed form, on its own weights and the values that entered."""
         adapter = _OnDevice(self.block, change, lowest)
         leaves = tuple(t.detach() for t in self.entering)
-        gradients = all(p.requires_grad for p in self.own) and _differentiable(self.block, leaves)
-        with probe.state_kept(self.block):
+        with _caller(self.autocast), _state_at(change.after):
+            gradients = all(p.requires_grad for p in self.own) and _differentiable(self.block, leaves)
+        with probe.state_kept(self.block), _caller(self.autocast), _state_at(change.after):
             return _compare_on_device(self.block, adapter, leaves, {}, self.dtype, gradients)  # type: ignore[arg-type]
-
-
-def _probing(call: Routed, twin: Block) -> Callable[..., Tensor]:
-    """The call as the probe copy makes it: its dtypes are those of the copy."""
-    dtype = None if call.dtype is None else twin._dtypes.get(call.dtype, call.dtype)
-    return Routed(call.compiled, call.routing, call.leading, dtype)
 
 
 @dataclass
@@ -449,8 +451,7 @@ def _rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     bound: Bound = []
     try:
         if parts:
-            with probe.neutral():
-                seen = _observe(gm, example_inputs, parts)
+            seen = _observe(gm, example_inputs, parts)
             bound = _rewrite_parts(gm, parts, params, seen, options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
@@ -582,6 +583,15 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
                     copied.target = name
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def _caller(autocast: tuple[tuple[str, torch.dtype], ...]) -> Iterator[None]:
+    """In the autocast of the caller."""
+    with contextlib.ExitStack() as stack:
+        for device, dtype in autocast:
+            stack.enter_context(torch.autocast(device, dtype=dtype))
+        yield
 
 
 @contextlib.contextmanager

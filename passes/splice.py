@@ -83,7 +83,7 @@ def value_of(node: fx.Node) -> Any:
 def _meta_text(node: fx.Node) -> str:
     value = value_of(node)
     if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(str(s) for s in value.shape)} {value.requires_grad}"
+        return f"{value.dtype} {tuple(str(s) for s in value.shape)}"
     return f"{type(value).__name__} {value}"
 
 

@@ -1,0 +1,681 @@
+"""torch.compile(model, backend="moefx"), and torch.compile(moefx.optimize(model)): the regions of compiled graphs.
+
+As a script it compiles the tiny families of Transformers and prints one line each:
+
+    python tests/test_backend.py [--entrance backend|optimize] [--impl grouped_mm|batched_mm|eager] [--inner aot_eager] [family ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from hf_families import FAMILIES, build, has_implementation
+from test_families import DOUBLE, EXPECTED_DECLINED, gradient_error, relative_error
+from torch import Tensor, fx, nn
+
+if __name__ == "__main__":  # from a checkout: tests/ is on the path, the folder above it is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import moefx
+from moefx.errors import InputError
+from moefx.report import GRAPHS
+
+INNER = {"inner": "aot_eager"}  # Inductor takes half a minute for its first C++ file
+D, E, K, H = 16, 4, 2, 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    yield
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------ kinds of graphs
+
+
+class Moe(nn.Module):
+    """A router and stacked experts w1 [E, D, H], w2 [E, H, D]; what `experts` does with them is one kind of graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, E)
+        self.w1 = nn.Parameter(torch.randn(E, D, H) / D**0.5)
+        self.w2 = nn.Parameter(torch.randn(E, H, D) / H**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, D)
+        weights, chosen = self.router(tokens).softmax(-1).topk(K, -1)
+        return self.experts(tokens, weights, chosen).reshape(x.shape)
+
+
+class DenseBmm(Moe):
+    def experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        gates = torch.zeros(tokens.shape[0], E, dtype=weights.dtype).scatter(1, chosen, weights)
+        every = torch.bmm(F.silu(torch.bmm(tokens.expand(E, -1, -1), self.w1)), self.w2)  # [E, T, D]
+        return (every * gates.t().unsqueeze(-1)).sum(0)
+
+
+class Einsum(Moe):
+    def experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        combine = torch.einsum("tk,tke->te", weights, F.one_hot(chosen, E).to(weights.dtype))
+        hidden = F.silu(torch.einsum("td,edh->teh", tokens, self.w1))
+        return torch.einsum("te,ted->td", combine, torch.einsum("teh,ehd->ted", hidden, self.w2))
+
+
+class Gathered(Moe):
+    def experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        hidden = F.silu(torch.einsum("td,tkdh->tkh", tokens, self.w1[chosen]))
+        return torch.einsum("tkh,tkhd,tk->td", hidden, self.w2[chosen], weights)
+
+
+class Sorted(Moe):
+    """As the experts of Transformers: rows sorted by expert, torch's grouped_mm (for the compiler, bfloat16 only)."""
+
+    def experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        ids, order = torch.sort(chosen.reshape(-1))
+        ends = torch.cumsum(torch.histc(ids.float(), bins=E, min=0, max=E - 1), 0, dtype=torch.int32)
+        rows = F.silu(F.grouped_mm(tokens[order // K], self.w1, offs=ends))
+        rows = F.grouped_mm(rows, self.w2, offs=ends) * weights.reshape(-1)[order].unsqueeze(-1)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel())
+        return rows[place].view(-1, K, D).sum(1)
+
+
+class Listed(nn.Module):
+    """A router and a ModuleList of experts, in a loop that Dynamo unrolls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, E)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, H), nn.SiLU(), nn.Linear(H, D)) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, D)
+        weights, chosen = self.router(tokens).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            self.add(out, tokens, weights, chosen, e, expert)
+        return out.reshape(x.shape)
+
+
+class Masks(Listed):
+    def add(self, out: Tensor, tokens: Tensor, weights: Tensor, chosen: Tensor, e: int, expert: nn.Module) -> None:
+        out += expert(tokens) * (weights * (chosen == e)).sum(1, keepdim=True)
+
+
+class Nonzero(Listed):
+    def add(self, out: Tensor, tokens: Tensor, weights: Tensor, chosen: Tensor, e: int, expert: nn.Module) -> None:
+        token, slot = torch.where(chosen == e)  # a size that depends on data
+        out.index_add_(0, token, expert(tokens[token]) * weights[token, slot, None])
+
+
+class AssignedMasks(Listed):
+    def add(self, out: Tensor, tokens: Tensor, weights: Tensor, chosen: Tensor, e: int, expert: nn.Module) -> None:
+        token, slot = torch.where(chosen == e)
+        out[token] += expert(tokens[token]) * weights[token, slot, None]
+
+
+KINDS: dict[str, tuple[type[nn.Module], torch.dtype]] = {
+    "dense_bmm": (DenseBmm, torch.float32),
+    "einsum": (Einsum, torch.float32),
+    "gathered": (Gathered, torch.float32),
+    "grouped_mm": (Sorted, torch.bfloat16),
+    "masks": (Masks, torch.float32),
+    "nonzero": (Nonzero, torch.float32),
+    "assigned": (AssignedMasks, torch.float32),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+class Layers(nn.Module):
+    """Two layers of one kind between others."""
+
+    def __init__(self, kind: str, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        block, usual = KINDS[kind]
+        self.first, self.second, self.head = block(), block(), nn.Linear(D, D)
+        self.to(dtype or usual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x.tanh())
+        return self.head(x + self.second(x.tanh()))
+
+
+def text_of(graph: fx.Graph) -> str:
+    """A graph as text without what differs from run to run."""
+    lines = []
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else fx.node._get_qualified_name(node.target)
+        name = re.sub(r"\W(?:0x)?[0-9a-f]{8,}", "", name)
+        arguments = re.sub(r"'[0-9a-f]{16}'", "'<region>'", ", ".join([*map(repr, node.args), *map(str, node.kwargs.items())]))
+        lines.append(f"{node.name} = {node.op} {name}({arguments})")
+    return "\n".join(lines)
+
+
+class Spy:
+    """An inner backend that keeps the graphs it is given."""
+
+    def __init__(self, backend: str = "aot_eager") -> None:
+        self.graphs: list[fx.Graph] = []
+        self.backend = torch._dynamo.backends.registry.lookup_backend(backend)
+
+    def __call__(self, gm: fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        self.graphs.append(copy.copy(gm).graph)
+        return self.backend(gm, inputs)
+
+
+@pytest.fixture
+def spy() -> Iterator[Spy]:
+    """Registered as the inner backend "spy"."""
+    made = Spy()
+    torch._dynamo.register_backend(made, name="spy")
+    yield made
+    del torch._dynamo.backends.registry._BACKENDS["spy"]
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("spy", None)
+
+
+def outcome(model: Callable[..., Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and the gradients of x and of every parameter."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    found = torch.autograd.grad(y, [x, *module.parameters()], weight)
+    return [y.detach(), *found]
+
+
+def assert_same(mine: list[Tensor], reference: list[Tensor], dtype: torch.dtype) -> None:
+    for a, b in zip(mine, reference):
+        assert relative_error(b.float(), a.float(), 1e-6) <= TOLERANCE[dtype]
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+dynamic_outputs = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@dynamic_outputs
+def test_every_kind_of_graph(kind: str) -> None:
+    """One graph, both regions in it, outputs and gradients as in eager mode at every number of tokens."""
+    model = Layers(kind)
+    dtype = KINDS[kind][1]
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True, options=INNER)
+    for shape in ((3, 11), (2, 7), (5, 33)):
+        x = tokens(*shape, dtype=dtype)
+        assert_same(outcome(compiled, model, x), outcome(reference, reference, x), dtype)
+    (graph,) = GRAPHS
+    assert len(graph.found) == 2, graph
+    assert not graph.declined
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@dynamic_outputs
+def test_golden_graphs(kind: str, golden: Callable[[str, str], None], spy: Spy) -> None:
+    """What Dynamo recorded, and what the inner backend gets."""
+    model = KINDS[kind][0]().to(KINDS[kind][1])
+    before: list[str] = []
+
+    def recording(gm: fx.GraphModule, inputs: Any) -> Any:
+        before.append(text_of(gm.graph))
+        return moefx.backend.moefx(gm, inputs, options={"inner": "spy"})
+
+    torch.compile(model, backend=recording, fullgraph=True, dynamic=True)(tokens(3, 11, dtype=KINDS[kind][1]))
+    golden(f"backend_{kind}_before", before[0])
+    golden(f"backend_{kind}_after", text_of(spy.graphs[0]))
+
+
+def test_unused_experts_leave_nothing_behind(spy: Spy) -> None:
+    """The experts' own nodes are gone, in-place ones too."""
+    with dynamic_outputs:
+        torch.compile(Nonzero(), backend="moefx", fullgraph=True, dynamic=True, options={"inner": "spy"})(tokens(3, 11))
+    names = {str(node.target) for node in spy.graphs[0].nodes}
+    assert "moefx.routed.default" in names or "moefx.routed" in names
+    assert not names & {"index_add_", "<built-in method where of type object>"}
+    assert not any("linear" in name for name in list(names)[1:] if "router" in name)
+    assert sum("linear" in name for name in (str(n.target) for n in spy.graphs[0].nodes)) == 1  # the router's
+
+
+class InPlaceBeside(Moe):
+    """Users write into buffers of their own beside the experts: those writes have to stay."""
+
+    experts = DenseBmm.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = x.new_empty(*x.shape[:-1], D + 1)
+        padded[..., :D] = x
+        padded[..., D:] = 1.0
+        y = super().forward(x)
+        y.mul_(2.0)
+        return y + padded[..., :D] * padded[..., D:]
+
+
+def test_in_place_nodes_stay() -> None:
+    model = InPlaceBeside()
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True, options=INNER)
+    reference = copy.deepcopy(model)
+    for shape in ((3, 11), (2, 7)):
+        assert_same(outcome(compiled, model, tokens(*shape)), outcome(reference, reference, tokens(*shape)), torch.float32)
+    assert len(GRAPHS[0].found) == 1
+
+
+# ------------------------------------------------------------------------------------------------ token counts
+
+
+@pytest.mark.parametrize("entrance", ["backend", "optimize"])
+def test_one_dynamic_graph_for_all_token_counts(entrance: str) -> None:
+    """T = 1 (static), 7 (dynamic), then none more: 64, 333, and back."""
+    model = Layers("gathered")
+    reference = copy.deepcopy(model)
+    if entrance == "optimize":
+        moefx.optimize(model, (tokens(1, 29),))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.register_backend(counter, name="counted")
+    backend, options = ("moefx", {"inner": "counted"}) if entrance == "backend" else (counter, None)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, options=options)
+    for count in (1, 7):
+        assert_same(outcome(compiled, model, tokens(1, count)), outcome(reference, reference, tokens(1, count)), torch.float32)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (64, 333, 7, 1, 2):
+            x = tokens(1, count)
+            assert_same(outcome(compiled, model, x), outcome(reference, reference, x), torch.float32)
+    assert counter.frame_count == 2
+    del torch._dynamo.backends.registry._BACKENDS["counted"]
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("counted", None)
+
+
+# ------------------------------------------------------------------------------------------------ the other entrance
+
+
+def test_optimised_model_without_example_compiles_whole() -> None:
+    """The model is rewritten at the first call, before Dynamo traces."""
+    tiny = build("mixtral")
+    reference = copy.deepcopy(tiny.model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moefx.optimize(tiny.model), backend=counter, fullgraph=True)
+    inputs = tiny.inputs(2, 9)
+    torch.testing.assert_close(compiled(**inputs).logits, reference(**inputs).logits)
+    assert len(moefx.explain(compiled).found) == len(tiny.blocks)
+    assert sum("moefx.routed" in str(n.target) for n in counter.graphs[0].graph.nodes) == len(tiny.blocks)
+    assert "_infer_parameters" not in vars(tiny.model)
+
+
+def test_a_changed_setting_is_noticed_by_the_compiled_model() -> None:
+    """What the analysis took for a constant is a guard: the original runs again when it changes."""
+
+    class Scaled(Moe):
+        scale = 1.0
+        experts = Gathered.experts
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    model = Scaled()
+    moefx.optimize(model, (tokens(3, 11),))
+    assert moefx.explain(model).found
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    first = compiled(tokens(3, 11))
+    model.scale = 3.0
+    torch.testing.assert_close(compiled(tokens(3, 11)), first * 1.5)
+
+
+def test_export_holds_the_operator() -> None:
+    model = moefx.optimize(Layers("gathered").eval(), (tokens(3, 11),))
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens(3, 11),), dynamic_shapes=(sizes,))
+    assert sum("moefx.routed" in str(node.target) for node in program.graph.nodes) == 2
+    for shape in ((3, 11), (4, 5)):
+        torch.testing.assert_close(program.module()(tokens(*shape)), model(tokens(*shape)))
+
+
+def test_export_saves_and_loads(tmp_path: Path) -> None:
+    model = moefx.optimize(Layers("gathered").eval(), (tokens(3, 11),))
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, (tokens(3, 11),)), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    torch.testing.assert_close(program.module()(tokens(3, 11)), model(tokens(3, 11)))
+
+
+@pytest.mark.parametrize("entrance", ["backend", "optimize"])
+def test_functional_call(entrance: str) -> None:
+    """Other parameters than the module's own, differentiated."""
+    model = Layers("gathered")
+    reference = copy.deepcopy(model)
+    if entrance == "optimize":
+        moefx.optimize(model, (tokens(3, 11),))
+    others = {n: (2 * p.detach()).requires_grad_() for n, p in model.named_parameters()}
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, others, (x,))
+
+    options: Any = {"backend": "moefx", "options": INNER} if entrance == "backend" else {"backend": "aot_eager"}
+    compiled = torch.compile(lambda x: run(model, x), fullgraph=True, **options)
+    found = torch.autograd.grad(compiled(tokens(3, 11)).square().sum(), list(others.values()))
+    expected = torch.autograd.grad(run(reference, tokens(3, 11)).square().sum(), list(others.values()))
+    assert_same(list(found), list(expected), torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------ dtypes, modes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model = Layers("gathered", dtype)
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True, options=INNER)
+    x = tokens(3, 11, dtype=dtype)
+    assert_same(outcome(compiled, model, x), outcome(reference, reference, x), dtype)
+    assert len(GRAPHS[0].found) == 2, GRAPHS[0]
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_autocast(where: str) -> None:
+    """The region's products run in the dtype of autocast, entered in the graph or around it."""
+    model = Layers("gathered")
+    reference = copy.deepcopy(model)
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x)
+
+    call = run if where == "inside" else lambda module, x: module(x)
+    compiled = torch.compile(lambda x: call(model, x), backend="moefx", fullgraph=True, options=INNER)
+    x = tokens(3, 11)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        y, expected = outcome(compiled, model, x), outcome(lambda x: call(reference, x), reference, x)
+    assert y[0].dtype is expected[0].dtype is torch.bfloat16
+    assert_same(y, expected, torch.bfloat16)
+    assert len(GRAPHS[0].found) == 2, GRAPHS[0]
+
+
+def test_no_grad_saves_nothing(spy: Spy) -> None:
+    """The operator leaves nothing for a backward that does not come."""
+    with torch.no_grad():
+        torch.compile(Gathered(), backend="moefx", fullgraph=True, options={"inner": "spy"})(tokens(3, 11))
+    (call,) = (node for node in spy.graphs[0].nodes if "moefx.routed" in str(node.target))
+    assert call.args[-1] is False
+
+
+def test_frozen_experts() -> None:
+    """Gradients flow to what asks for them alone."""
+    model = Gathered()
+    model.w1.requires_grad_(False)
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, options=INNER)
+    compiled(tokens(3, 11)).square().sum().backward()
+    reference = copy.deepcopy(model)
+    reference.zero_grad()
+    reference(tokens(3, 11)).square().sum().backward()
+    assert model.w1.grad is None
+    torch.testing.assert_close(model.w2.grad, reference.w2.grad)
+    torch.testing.assert_close(model.router.weight.grad, reference.router.weight.grad)
+
+
+def test_parameters_stay_and_are_packed_once() -> None:
+    """A ModuleList of experts is packed behind the compiler's back: same objects, no second compilation."""
+    model = Masks()
+    objects = [id(p) for p in model.parameters()]
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True, options=INNER)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            compiled(tokens(3, 11, seed=seed)).sum().backward()
+    assert [id(p) for p in model.parameters()] == objects
+    weights = [expert[0].weight for expert in model.experts]
+    steps = {b.data_ptr() - a.data_ptr() for a, b in zip(weights, weights[1:])}
+    assert steps == {weights[0].numel() * weights[0].element_size()}
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    torch.testing.assert_close(compiled(tokens(3, 11)), copy.deepcopy(model)(tokens(3, 11)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entrance", ["backend", "optimize"])
+def test_inductor_and_its_caches(entrance: str) -> None:
+    """Compiled by Inductor's C++ backend, twice: the second time from the caches."""
+    counters = torch._dynamo.utils.counters
+    with torch._inductor.utils.fresh_cache():
+        for attempt in range(2):
+            torch._dynamo.reset()
+            counters.clear()
+            torch.manual_seed(0)
+            model = Layers("gathered")
+            reference = copy.deepcopy(model)
+            if entrance == "optimize":
+                compiled = torch.compile(moefx.optimize(model), fullgraph=True, dynamic=True)
+            else:
+                compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True)
+            for shape in ((3, 11), (2, 7)):
+                assert_same(outcome(compiled, model, tokens(*shape)), outcome(reference, reference, tokens(*shape)), torch.float32)
+            hits = counters["aot_autograd"]["autograd_cache_hit"]
+            assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
+            assert hits == attempt, dict(counters["aot_autograd"])
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_graph_without_experts_goes_on_unchanged(spy: Spy) -> None:
+    model = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))
+    seen: list[str] = []
+
+    def recording(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(text_of(gm.graph))
+        return moefx.backend.moefx(gm, inputs, options={"inner": "spy"})
+
+    x = tokens(3, 11)
+    torch.testing.assert_close(torch.compile(model, backend=recording)(x), model(x))
+    assert text_of(spy.graphs[0]) == seen[0]
+    assert not GRAPHS[0].found
+
+
+def test_an_unsupported_region_is_left_with_a_reason(spy: Spy, caplog: pytest.LogCaptureFixture) -> None:
+    """Every expert weighs every token: nothing is routed."""
+
+    class Mixture(Moe):
+        def forward(self, x: Tensor) -> Tensor:
+            gates, _ = self.router(x).softmax(-1).sort(-1)
+            every = torch.einsum("btd,edh->bteh", x, self.w1).relu()
+            return torch.einsum("bte,bteh,ehd->btd", gates, every, self.w2)
+
+    model = Mixture()
+    with caplog.at_level(logging.INFO, "moefx.passes.find"):
+        y = torch.compile(model, backend="moefx", fullgraph=True, options={"inner": "spy"})(tokens(3, 11))
+    torch.testing.assert_close(y, model(tokens(3, 11)))
+    assert not any("moefx" in str(node.target) for node in spy.graphs[0].nodes)
+    assert GRAPHS[0].declined
+    assert "declined" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"options": {"iner": "inductor"}}, "unknown option 'iner'.*chunks|unknown option 'iner'.*inner"),
+        ({"options": {"inner": "inductr"}}, "inner"),
+        ({"options": {"inner": "moefx"}}, "not itself"),
+        ({"options": {"inner": "aot_eager"}, "mode": "max-autotune"}, "Inductor's"),
+    ],
+)
+def test_wrong_options(arguments: dict[str, Any], message: str) -> None:
+    graph = fx.symbolic_trace(nn.Linear(D, D))
+    with pytest.raises(InputError, match=message):
+        moefx.backend.moefx(graph, [tokens(3)], **arguments)
+
+
+def test_an_unknown_option_lists_the_options() -> None:
+    with pytest.raises(Exception, match="it has .*inner"):
+        torch.compile(Gathered(), backend="moefx", options={"degre": 2})(tokens(3, 11))
+
+
+def test_fragments_of_a_broken_loop_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = build("mixtral")  # Transformers' eager loop
+    moefx.backend._warned.clear()
+    with caplog.at_level(logging.WARNING, "moefx.backend"):
+        torch.compile(tiny.model, backend="moefx", options=INNER)(**tiny.inputs(2, 9))
+    said = [r for r in caplog.records if "torch.compile(moefx.optimize(model))" in r.getMessage()]
+    assert len(said) == 1
+    assert any("torch.compile(moefx.optimize(model))" in d.reason for g in GRAPHS for d in g.declined)
+
+
+def test_a_graph_of_an_unknown_region_says_so() -> None:
+    with pytest.raises(InputError, match="no moefx region '0123'"):
+        torch.ops.moefx.routed("0123", torch.ones(2, D), torch.zeros(2, K, dtype=torch.long), torch.ones(2, K), [], None, False)
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
+def test_explain_tells_of_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    model = Layers("gathered")
+    compiled = torch.compile(model, backend="moefx", options=INNER)
+    with pytest.raises(InputError, match="example_inputs"):
+        moefx.explain(compiled)
+    with caplog.at_level(logging.DEBUG, "moefx.passes"):
+        compiled(tokens(3, 11))
+    for asked in (compiled, model):
+        report = moefx.explain(asked)
+        assert [len(graph.found) for graph in report.graphs] == [2]
+        assert "graphs of torch.compile" in str(report)
+        assert "aot_eager" in str(report)
+    assert report.graphs[0].found[1].same_as == report.graphs[0].found[0].name
+    assert "test_backend.py" in report.graphs[0].found[0].location
+    assert {r.name for r in caplog.records} >= {"moefx.passes.find", "moefx.passes.emit"}
+    assert not moefx.report.graphs_of(Layers("gathered").parameters())
+
+
+def test_equal_regions_have_equal_handles() -> None:
+    """In another process too: the handle is made of what is computed."""
+    handles = []
+    for chunks in (1, 1, 2):
+        model = Gathered()
+        moefx.optimize(model, (tokens(3, 11),), moefx.Options(degree=chunks))
+        handles.append(next(iter(vars(model)["forward"].variants.values())).compiled.handle)
+    assert handles[0] == handles[1] != handles[2]
+
+
+# ------------------------------------------------------------------------------------------------ families
+
+NO_FULL_GRAPH = {
+    "ernie4_5_vl_moe": "branches on its input's token types",
+    "switch_transformers": "its encoder indexes a cache that is None, under Dynamo",
+}
+FAMILY_SAMPLE = {("qwen3_moe", "grouped_mm", "backend"), ("gpt_oss", "batched_mm", "backend"), ("dbrx", "eager", "optimize")}
+
+
+def _family_cases() -> Iterator[Any]:
+    for entrance, implementations in (("backend", ("grouped_mm", "batched_mm")), ("optimize", ("eager",))):
+        for implementation in implementations:
+            for family in FAMILIES:
+                if family in EXPECTED_DECLINED or family in NO_FULL_GRAPH:
+                    continue
+                if implementation == "eager" or has_implementation(family):
+                    case = (family, implementation, entrance)
+                    marks = () if case in FAMILY_SAMPLE else (pytest.mark.slow,)
+                    yield pytest.param(*case, marks=marks, id="-".join(case))
+
+
+@pytest.mark.parametrize(("family", "implementation", "entrance"), list(_family_cases()))
+def test_family(family: str, implementation: str, entrance: str) -> None:
+    """One dynamic graph with every block, outputs and gradients as in eager mode."""
+    assert not (problems := check_family(family, implementation, entrance)[0]), "\n".join(problems)
+
+
+def check_family(family: str, implementation: str, entrance: str, inner: str = "aot_eager") -> tuple[list[str], str]:
+    """Compile the tiny model in training mode and compare it with a copy at other shapes; (problems, one line)."""
+    tiny = build(family, implementation)
+    tiny.model.train()
+    reference = copy.deepcopy(tiny.model)
+    if implementation == "grouped_mm":
+        reference.set_experts_implementation("eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(inner)
+    torch._dynamo.register_backend(counter, name="counted")
+    try:
+        if entrance == "optimize":
+            moefx.optimize(tiny.model, tiny.inputs(2, 29))
+            compiled = torch.compile(tiny.model, backend=counter, fullgraph=True, dynamic=True)
+        else:
+            compiled = torch.compile(tiny.model, backend="moefx", options={"inner": "counted"}, fullgraph=True, dynamic=True)
+        return _compared(tiny, reference, compiled, counter, family)
+    finally:
+        del torch._dynamo.backends.registry._BACKENDS["counted"]
+        torch._dynamo.backends.registry._COMPILER_FNS.pop("counted", None)
+
+
+def _compared(tiny: Any, reference: nn.Module, compiled: Any, counter: Any, family: str) -> tuple[list[str], str]:
+    problems, worst = [], [0.0, 0.0]
+    tolerance = 1e-4 if family in DOUBLE else 2e-5
+    for shape in ((2, 7), (3, 17)):
+        inputs = tiny.inputs(*shape, seed=1)
+        expected, actual = _train(reference, reference, inputs), _train(compiled, tiny.model, inputs)
+        output = max(relative_error(a, b, 1e-30) for a, b in zip(expected[0], actual[0]))
+        gradient, name = gradient_error(expected[1], actual[1])
+        worst = [max(worst[0], output), max(worst[1], gradient)]
+        if not output <= 1e-5 or len(expected[0]) != len(actual[0]):
+            problems.append(f"{shape}: an output differs by {output:.1e}")
+        if not gradient <= tolerance:
+            problems.append(f"{shape}: the gradient of {name} differs by {gradient:.1e}")
+    operators = [sum("moefx.routed" in str(n.target) for n in gm.graph.nodes) for gm in counter.graphs]
+    if operators != [len(tiny.blocks)]:
+        problems.append(f"{operators} regions in the graphs instead of {[len(tiny.blocks)]}: {GRAPHS[-1] if GRAPHS else ''}")
+    return problems, f"regions {operators}  out {worst[0]:.0e}  grad {worst[1]:.0e}"
+
+
+def _train(call: Any, model: nn.Module, inputs: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(2)
+    result = call(**inputs)
+    outputs = [t for t in (result.values() if isinstance(result, dict) else result) if isinstance(t, Tensor)]
+    roots = [t for t in outputs if t.requires_grad]
+    generator = torch.Generator().manual_seed(3)
+    torch.autograd.backward(roots, [torch.randn(t.shape, generator=generator) for t in roots])
+    return [t.detach() for t in outputs], {name: p.grad for name, p in model.named_parameters()}
+
+
+def main() -> int:
+    """Print one line per family and a total."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("families", nargs="*", default=FAMILIES)
+    parser.add_argument("--entrance", choices=("backend", "optimize"), default="backend")
+    parser.add_argument("--impl", default="grouped_mm")
+    parser.add_argument("--inner", default="aot_eager")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    families = [f for f in arguments.families if arguments.impl == "eager" or has_implementation(f)]
+    right = 0
+    for family in families:
+        torch._dynamo.reset()
+        GRAPHS.clear()
+        start = time.perf_counter()
+        try:
+            problems, line = check_family(family, arguments.impl, arguments.entrance, arguments.inner)
+        except Exception as error:  # noqa: BLE001 - the next families must run
+            problems, line = [f"{type(error).__name__}: {str(error)[:300]}"], ""
+        right += not problems
+        seconds = time.perf_counter() - start
+        print(f"{'FAIL' if problems else 'OK':4} {family:22} {line}  {seconds:5.1f} s", *problems[:1], sep="\n       ", flush=True)
+    print(f"{right} of {len(families)} right ({arguments.entrance}, {arguments.impl}, {arguments.inner})")
+    return int(right != len(families))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(main())
