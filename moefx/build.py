@@ -70,7 +70,8 @@ def compile_parallel(
     for i in (0, 1):
         phase = PHASES[i]
         layout = Layout(codec=phase in wire_shares)
-        priced = replace(sizes, wire_share=wire_shares.get(phase, 1.0))
+        codec = options.codec if phase == "forward" else options.backward_codec
+        priced = replace(sizes, wire_share=wire_shares.get(phase, 1.0), codec=codec if phase in wire_shares else "")
         given = Schedule.parse(decided[i]) if decided else None
         least = chunk_s.get(phase, 0.0), chunk_s.get("exchange", 0.0)
         chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least))

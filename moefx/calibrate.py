@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from moefx.errors import InputError
-from moefx.profile import LINES, Line, Profile, device_name
+from moefx.profile import CODEC, LINES, Line, Profile, device_name
 from moefx.runtime import ops_for
 
 RUNS = 5
@@ -73,7 +73,8 @@ def calibrate(device: str | None = None, ranks: int = 1, scale: float = 1.0) -> 
     in_group = dist.is_available() and dist.is_initialized()
     if ranks < 1 or (in_group and ranks not in (1, dist.get_world_size())):
         raise InputError(f"ranks is the size of the process group, or how many to start; got {ranks}")
-    lines = {p.kind: line_of(_progress(p, measure(p, kind)), p.unit) for p in local_probes(kind, scale)}
+    probes = [*local_probes(kind, scale), *codec_probes(kind, scale)]
+    lines = {p.kind: line_of(_progress(p, measure(p, kind)), p.unit) for p in probes}
     count = ranks
     notes: tuple[str, ...] = ()
     if in_group:
@@ -206,6 +207,26 @@ def local_probes(device: str, scale: float = 1.0) -> list[Probe]:
         Probe("permute", "hbm_bytes", permute, low, 4 * high),
         Probe("codec", "hbm_bytes", codec, low, 4 * high),
     ]
+
+
+def codec_probes(device: str, scale: float = 1.0) -> list[Probe]:
+    """Every codec that is known, there and back: half of the time is that of one way, as the cost of a task counts it."""
+    from moefx.codegen.codecs import CODECS
+
+    width, dtype = (2048, torch.bfloat16) if device == "cuda" else (256, torch.float32)
+    low, high = (max(8, round(scale * rows)) for rows in ((1024, 65536) if device == "cuda" else (64, 4096)))
+
+    def probe(name: str) -> Probe:
+        codec = CODECS[name]
+
+        def make(rows: int) -> tuple[Callable[[], Any], float]:
+            x = torch.randn(rows, width, device=device).to(dtype)
+            moved = rows * (width * dtype.itemsize + codec.wire_bytes(width, dtype))
+            return lambda: codec.decode(codec.encode(x), width, dtype), 2.0 * moved
+
+        return Probe(f"{CODEC}{name}", "hbm_bytes", make, low, high)
+
+    return [probe(name) for name in CODECS if name != "none"]
 
 
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")

@@ -114,7 +114,7 @@ def _simulate_arguments(commands: Any) -> None:
     cluster = simulate.add_argument_group("cluster (--preset, --profile, or all of the data sheet)")
     cluster.add_argument("--ranks", type=_positive, default=64, metavar="P", help="default 64")
     cluster.add_argument("--ranks-per-node", type=_positive, default=1, metavar="G", help="default 1")
-    cluster.add_argument("--preset", metavar="NAME", help="a published cluster: pipemoe-16, pipemoe-32, pipemoe-64")
+    cluster.add_argument("--preset", metavar="NAME", help="pipemoe-16, pipemoe-32, pipemoe-64, fsmoe-32")
     cluster.add_argument("--profile", type=Path, metavar="FILE", help="a file of `moefx calibrate`")
     for flag, metavar, what in (
         ("tflops", "X", "1e12 FLOP/s that the experts reach"),

@@ -136,7 +136,8 @@ def work(kind: str) -> Work:
 class Sizes:
     """Numbers for the letters, in their order of use; see the head of this file for what each one is.
 
-    wire_share is c, ranks_per_node G, shared_width S, gradient_bytes g, gradient_ranks A (0: as many as `ranks`).
+    wire_share is c, and codec the name of the codec that has it ("": none in particular); ranks_per_node G, shared_width S,
+    gradient_bytes g, gradient_ranks A (0: as many as `ranks`).
     """
 
     tokens: int
@@ -154,10 +155,13 @@ class Sizes:
     gradient_bytes: float = 0.0
     gradient_slices: int = 1
     gradient_ranks: int = 0
+    codec: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type == "str":
+                continue
             least = 0 if field.name in ("shared_width", "gradient_bytes", "gradient_ranks") else 1
             whole = field.type == "int"
             if whole and (not isinstance(value, int) or value < least):
@@ -205,7 +209,8 @@ def seconds(kind: str, sizes: Sizes, degree: int, profile: Profile) -> float:
     """
     if not 1 <= degree <= sizes.capacity:
         raise InputError(f"the degree lies between 1 and the capacity {sizes.capacity}; got {degree}")
-    line = profile.line(work(kind).line)
+    name = work(kind).line
+    line = profile.line(f"codec:{sizes.codec}" if name == "codec" and sizes.codec else name)
     launches = amount(kind, "launches", sizes, degree)
     return launches * line.alpha_s + line.beta_s_per_unit * amount(kind, line.unit, sizes, degree)
 

@@ -84,7 +84,8 @@ def test_this_machine(tmp_path, capsys):
     assert "held-out error" in printed.out and f"saved to {file}" in printed.out
     assert not printed.err, "no progress bar where the output is no terminal"
     profile = Profile.load(file)
-    assert sorted(profile.lines) == ["codec", "experts", "gemm", "permute"]
+    assert sorted(kind for kind in profile.lines if ":" not in kind) == ["codec", "experts", "gemm", "permute"]
+    assert "codec:int8" in profile.lines
     assert all(line.r2 is not None and line.held_out_error is not None for line in profile.lines.values())
 
 
@@ -104,3 +105,16 @@ def test_what_cannot_be_measured():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="where there is one"):
             calibrate("cuda")
+
+
+def test_every_codec_is_measured():
+    from moefx.codegen.codecs import CODECS
+
+    from moefx.calibrate import codec_probes
+
+    probes = {probe.kind: probe for probe in codec_probes("cpu", 0.05)}
+    assert sorted(probes) == sorted(f"codec:{name}" for name in CODECS if name != "none")
+    for probe in probes.values():
+        work, units = probe.make(16)
+        assert work().shape == (16, 256)
+        assert units > 2 * 16 * 256 * 4

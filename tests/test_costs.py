@@ -128,3 +128,14 @@ def test_a_degree_above_the_capacity():
 def test_sizes_that_cannot_be(wrong, message):
     with pytest.raises(InputError, match=message):
         replace(SIZES, **wrong)
+
+
+def test_a_codec_has_a_line_of_its_own():
+    line = Line(1e-6, 1e-9, "hbm_bytes")
+    profile = Profile("a machine", {"codec": line, "codec:int8": Line(1e-6, 5e-9, "hbm_bytes")})
+    coded = replace(SIZES, wire_share=0.25)
+    plain = seconds("dispatch_compress", coded, 1, profile)
+    assert seconds("dispatch_compress", replace(coded, codec="fp16"), 1, profile) == plain
+    assert seconds("dispatch_compress", replace(coded, codec="int8"), 1, profile) > 4 * plain
+    with pytest.raises(InputError, match="unknown kind of work 'codec:'"):
+        Profile("a machine", {"codec:": line})

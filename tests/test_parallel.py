@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from moefx.models import BLOCKS, TinyMoELM
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,7 +19,6 @@ from torch.distributed.tensor import DTensor
 import moefx
 from moefx.block import rewritten
 from moefx.exchange import experts_of
-from moefx.models import BLOCKS, TinyMoELM
 from moefx.parallel import expert_parameters
 
 VOCAB, WIDTH = 64, 16

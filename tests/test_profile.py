@@ -97,11 +97,13 @@ def test_lines_are_never_invented():
 
 
 def test_presets():
-    assert sorted(PRESETS) == ["pipemoe-16", "pipemoe-32", "pipemoe-64"]
+    assert sorted(PRESETS) == ["fsmoe-32", "pipemoe-16", "pipemoe-32", "pipemoe-64"]
     line = preset("pipemoe-32").line("all_to_all")
     assert (line.alpha_s, line.beta_s_per_unit, line.unit) == (2.09e-4, 3.55e-10, "message_bytes")
     with pytest.raises(InputError, match="no preset 'fsmoe'; known: pipemoe-16"):
         preset("fsmoe")
+    assert preset("fsmoe-32").line("experts") == preset("pipemoe-32").line("experts")
+    assert preset("fsmoe-32").line("all_to_all_inter").seconds(3.125e9) == pytest.approx(1 + 2.09e-4)
 
 
 def test_a_data_sheet():
