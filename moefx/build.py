@@ -26,6 +26,8 @@ from moefx.simulate import COMPUTE, Timeline, simulate
 
 PHASES: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
 MOST_CHUNKS = 64  # "auto" looks at degrees up to here
+# A degree that promises less than this over a smaller one is not taken: no cost model is that good.
+NOT_WORTH_A_CHUNK = 0.01
 
 
 def compile_region(region: Region, degree: int = 1, kernels: str = "auto", policy: str = "fifo") -> CompiledRegion:
@@ -72,6 +74,7 @@ def compile_parallel(
         layout = Layout(codec=phase in wire_shares)
         codec = options.codec if phase == "forward" else options.backward_codec
         priced = replace(sizes, wire_share=wire_shares.get(phase, 1.0), codec=codec if phase in wire_shares else "")
+        priced = replace(priced, all_to_all=options.all_to_all)
         given = Schedule.parse(decided[i]) if decided else None
         least = chunk_s.get(phase, 0.0), chunk_s.get("exchange", 0.0)
         chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least))
@@ -116,7 +119,10 @@ def _choose(
         return graph, given, None
     if degree == "auto":
         choice = choose(build, min(sizes.capacity, MOST_CHUNKS), options.policy)
-        return choice.timeline.graph, choice.schedule, choice.timeline
+        least = min(r for r, s in choice.tried_s.items() if s <= (1 + NOT_WORTH_A_CHUNK) * choice.makespan_s)
+        if least == choice.degree:
+            return choice.timeline.graph, choice.schedule, choice.timeline
+        degree = least
     graph = build(degree)
     timed = profile is not None and degree <= sizes.capacity
     order = schedule(graph, options.policy if timed or not options.timed else "fifo")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from moefx.errors import InputError
-from moefx.profile import CODEC, LINES, Line, Profile, device_name
+from moefx.profile import Line, Profile, device_name, units_of
 from moefx.runtime import ops_for
 
 RUNS = 5
@@ -224,7 +224,7 @@ def codec_probes(device: str, scale: float = 1.0) -> list[Probe]:
             moved = rows * (width * dtype.itemsize + codec.wire_bytes(width, dtype))
             return lambda: codec.decode(codec.encode(x), width, dtype), 2.0 * moved
 
-        return Probe(f"{CODEC}{name}", "hbm_bytes", make, low, high)
+        return Probe(f"codec:{name}", "hbm_bytes", make, low, high)
 
     return [probe(name) for name in CODECS if name != "none"]
 
@@ -263,10 +263,31 @@ def collective_probes(device: str, ranks: int, scale: float = 1.0) -> list[Probe
     return [Probe(kind, "wire_bytes", make, low, high) for kind, make in makers.items()]
 
 
+def all_to_all_probes(device: str, group: dist.ProcessGroup, scale: float = 1.0) -> list[Probe]:
+    """Every all-to-all algorithm that is known, by what each rank puts on the wire; all ranks call it."""
+    from moefx.codegen.all_to_all import ALL_TO_ALLS, Topology, make_all_to_all
+
+    ranks, topology = group.size(), Topology.discover(group)
+
+    def probe(name: str) -> Probe:
+        exchange = make_all_to_all(name, group, topology)
+
+        def make(kilobytes: int) -> tuple[Callable[[], Any], float]:
+            width = max(1, kilobytes * 256 // ranks)  # float32
+            rows, counts = torch.zeros(ranks, width, device=device), [1] * ranks
+            return lambda: exchange.start(rows, counts, counts, [counts] * ranks).wait(), 4.0 * width * (ranks - 1)
+
+        return Probe(f"all_to_all:{name}", "wire_bytes", make, max(1, round(16 * scale)), max(32, round(8192 * scale)))
+
+    return [probe(name) for name in ALL_TO_ALLS]
+
+
 def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
     """Measure the collectives in the process group; every rank does the same number of calls."""
     result: dict[str, list[Sample]] = {}
-    for probe in collective_probes(device, dist.get_world_size(), scale):
+    group = dist.distributed_c10d._get_default_group()
+    probes = [*collective_probes(device, group.size(), scale), *all_to_all_probes(device, group, scale)]
+    for probe in probes:
         samples: list[Sample] = []
         for size in _progress(probe, probe.scales()):
             work, units = probe.make(size)
@@ -274,10 +295,13 @@ def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
                 work()
             except (RuntimeError, NotImplementedError):  # the backend has no such collective, on any rank
                 break
+            once = torch.tensor(seconds_of(work, device, 1), device=device)
+            dist.all_reduce(once, dist.ReduceOp.MAX)
+            repeat = max(1, min(10, math.ceil(SHORTEST_RUN_S / max(float(once), 1e-7))))
             runs = []
             for _ in range(RUNS):
                 dist.barrier()
-                runs.append(seconds_of(work, device, 3))
+                runs.append(seconds_of(work, device, repeat))
             samples.append(Sample(units, tuple(runs)))
         if samples:
             result[probe.kind] = samples
@@ -285,7 +309,7 @@ def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
 
 
 def _collective_lines(samples: dict[str, list[Sample]]) -> dict[str, Line]:
-    return {kind: line_of(rows, "wire_bytes") for kind, rows in samples.items() if kind in LINES}
+    return {kind: line_of(rows, "wire_bytes") for kind, rows in samples.items() if units_of(kind)}
 
 
 def _in_processes(device: str, ranks: int, scale: float) -> dict[str, list[Sample]]:

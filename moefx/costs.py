@@ -23,7 +23,7 @@ import sympy
 
 from moefx.errors import InputError
 from moefx.ir import TaskGraph
-from moefx.profile import Profile
+from moefx.profile import PLUG_INS, Profile
 
 T, K, D, F, E, P, b, f, r, m, c, G, S, g, s, A = LETTERS = sympy.symbols(
     "T K D F E P b f r m c G S g s A", positive=True
@@ -136,8 +136,8 @@ def work(kind: str) -> Work:
 class Sizes:
     """Numbers for the letters, in their order of use; see the head of this file for what each one is.
 
-    wire_share is c, and codec the name of the codec that has it ("": none in particular); ranks_per_node G, shared_width S,
-    gradient_bytes g, gradient_ranks A (0: as many as `ranks`).
+    wire_share is c; codec and all_to_all are the names of the plug-ins whose lines of a profile are meant ("": none in
+    particular); ranks_per_node G, shared_width S, gradient_bytes g, gradient_ranks A (0: as many as `ranks`).
     """
 
     tokens: int
@@ -156,6 +156,7 @@ class Sizes:
     gradient_slices: int = 1
     gradient_ranks: int = 0
     codec: str = ""
+    all_to_all: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -210,7 +211,8 @@ def seconds(kind: str, sizes: Sizes, degree: int, profile: Profile) -> float:
     if not 1 <= degree <= sizes.capacity:
         raise InputError(f"the degree lies between 1 and the capacity {sizes.capacity}; got {degree}")
     name = work(kind).line
-    line = profile.line(f"codec:{sizes.codec}" if name == "codec" and sizes.codec else name)
+    plug_in = getattr(sizes, name) if name in PLUG_INS else ""
+    line = profile.line(f"{name}:{plug_in}" if plug_in else name)
     launches = amount(kind, "launches", sizes, degree)
     return launches * line.alpha_s + line.beta_s_per_unit * amount(kind, line.unit, sizes, degree)
 

@@ -34,12 +34,19 @@ LINES: dict[str, tuple[str, ...]] = {
 }
 
 
-CODEC = "codec:"  # the line of one codec is "codec:" and its name; "codec" stands for any other
+# Plug-ins have lines of their own, "codec:int8" or "all_to_all:pipe"; without one, the line of their kind serves.
+PLUG_INS = ("codec", "all_to_all")
 
 
-def units_of(kind: str) -> tuple[str, ...] | None:
-    """What lines of a kind of work may count; None for an unknown kind."""
-    return LINES.get("codec" if kind.startswith(CODEC) and len(kind) > len(CODEC) else kind)
+def kind_of(line: str) -> str:
+    """The kind of work of a line by its name: "codec" of "codec:int8"."""
+    kind, _, plug_in = line.partition(":")
+    return kind if kind in PLUG_INS and plug_in else line
+
+
+def units_of(line: str) -> tuple[str, ...] | None:
+    """What a line of this name may count; None for an unknown kind of work."""
+    return LINES.get(kind_of(line))
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,9 @@ class Profile:
                     )
 
     def line(self, kind: str) -> Line:
-        """The line of a kind of work, for a codec without one of its own that of "codec"; InputError where there is none."""
-        if kind.startswith(CODEC) and kind not in self.lines and "codec" in self.lines:
-            return self.lines["codec"]
+        """The line of a kind of work, for a plug-in without one of its own that of its kind; InputError where there is none."""
+        if kind not in self.lines and kind_of(kind) in self.lines:
+            return self.lines[kind_of(kind)]
         if units_of(kind) is None:
             raise InputError(f"unknown kind of work {kind!r}; known: {', '.join(LINES)}")
         if kind not in self.lines:

@@ -137,5 +137,6 @@ def test_a_codec_has_a_line_of_its_own():
     plain = seconds("dispatch_compress", coded, 1, profile)
     assert seconds("dispatch_compress", replace(coded, codec="fp16"), 1, profile) == plain
     assert seconds("dispatch_compress", replace(coded, codec="int8"), 1, profile) > 4 * plain
-    with pytest.raises(InputError, match="unknown kind of work 'codec:'"):
-        Profile("a machine", {"codec:": line})
+    for name in ("codec:", "experts:mine", ":"):
+        with pytest.raises(InputError, match=f"unknown kind of work '{name}'"):
+            Profile("a machine", {name: line})
