@@ -252,7 +252,7 @@ def main() -> None:
 
     sub = command(links, "alpha and beta of every all-to-all between hosts")
     sub.add_argument(
-        "--sizes", type=int, default=10, help="how many sizes of a message, from 1 KiB on, each twice the last"
+        "--sizes", type=int, default=10, help="how many sizes of a message, from 4 KiB on, each twice the last"
     )
     sub.add_argument("--rounds", type=int, default=7)
 

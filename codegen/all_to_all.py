@@ -34,9 +34,10 @@ from moefx.registry import Registry
 Rows = Sequence[int]  # rows for, or from, each rank of the group
 Peers = dict[int, Tensor]  # rank -> rows for it, or from it
 
-# Messages of one exchange have tags of their own: this many, and then the next exchange's.
+# Messages of one exchange have tags of their own: this many, and then the next exchange's. The program has those below.
 TAGS = 4
-LAST_TAG = 2**30
+FIRST_TAG = 2**20
+TAGS_IN_ALL = 2**30
 MOMENT_S = 0.1
 
 
@@ -122,7 +123,7 @@ _numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.
 
 def next_tag(group: dist.ProcessGroup) -> int:
     """The first of TAGS tags for the group's next exchange; equal on all ranks, since they start exchanges in one order."""
-    return next(_numbers.setdefault(group, itertools.count())) * TAGS % LAST_TAG
+    return FIRST_TAG + next(_numbers.setdefault(group, itertools.count())) * TAGS % TAGS_IN_ALL
 
 
 class Messages:

@@ -75,15 +75,22 @@ def test_equal_to_torch_on_gpus(name: str) -> None:
 
 
 def two_at_once(first: str, second: str) -> None:
-    """Two algorithms on one group, and messages of the program's own, whose tags may be the same."""
+    """Two algorithms on one group, and messages of the program's own."""
     own, ranks = dist.get_rank(), dist.get_world_size()
     exchanges_of = [make_all_to_all(name, group(), Topology((0, 0, 1, 1))) for name in (first, second)]
     send = torch.arange(ranks * 2.0).view(-1, 2) + 100 * own
+    works = [dist.isend(torch.full((2,), -1.0), peer) for peer in range(ranks) if peer != own]
     pending = [exchange.start(send, [1] * ranks, [1] * ranks) for _ in range(5) for exchange in exchanges_of]
     x = torch.full((3,), float(own))
     dist.all_reduce(x)
     want = torch.stack([torch.arange(2.0) + 2 * own + 100 * source for source in range(ranks)])
     assert all(torch.equal(p.wait(), want) for p in pending) and x.tolist() == [6.0] * 3
+    for peer in range(ranks):
+        if peer != own:
+            dist.recv(message := torch.empty(2), peer)
+            assert message.tolist() == [-1.0, -1.0]
+    for work in works:
+        work.wait()
 
 
 def test_several_algorithms_on_one_group() -> None:
