@@ -196,9 +196,12 @@ class _Observer(fx.Interpreter):
         return result
 
 
-def _observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part]) -> Observed:
-    """One run without gradients on copies of the inputs. Raises Decline when the graph does not run on them."""
-    wanted = {n for part in parts for n in (*part.inputs, *part.others, *part.sizes)}
+def _observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part], also: set[fx.Node]) -> Observed:
+    """One run without gradients on copies of the inputs, of which the values of `also` are kept too.
+
+    Raises Decline when the graph does not run on its inputs.
+    """
+    wanted = also.union(*((*part.inputs, *part.others, *part.sizes) for part in parts))
     copies = [x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else _hint(x) for x in inputs]
     devices = list({x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"})
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
@@ -433,31 +436,57 @@ def _differentiable(block: Block, inputs: tuple[Tensor, ...]) -> bool:
 Bound = list[tuple[CompiledRegion, dict[str, Tensor]]]  # regions with their parameters
 
 
-def _rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport) -> Bound:
-    """Finds and replaces the regions of a graph, in place."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    params = {n: x for n, x in zip(placeholders, example_inputs) if isinstance(x, nn.Parameter)}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            value: Any = gm
-            for name in str(node.target).split("."):
-                value = getattr(value, name, None)
-            if isinstance(value, nn.Parameter):
-                params[node] = value
-    if any(isinstance(x, FakeTensor) for x in example_inputs):
+def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport) -> Bound:
+    """Finds and replaces the regions of a graph, and of the graphs that it calls, in place."""
+    if any(isinstance(x, FakeTensor) for x in inputs):
         report.declined.append(DeclinedBlock("", "the graph came without real inputs, which an analysis needs"))
         return []
-    parts = _candidates(gm.graph, params.__contains__, params)
+    params = _parameters(gm, inputs)
+    parts, called = _candidates(gm.graph, params.__contains__, params), list(_called(gm))
     bound: Bound = []
     try:
-        if parts:
-            seen = _observe(gm, example_inputs, parts)
+        if parts or called:
+            seen = _observe(gm, inputs, parts, {n for _, operands in called for n in operands})
             bound = _rewrite_parts(gm, parts, params, seen, options, report)
+            for inner, operands in called:
+                bound += _rewrite(inner, [params.get(n, seen.values.get(n)) for n in operands], options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
         find_log.info("declined the graph: %s", reason)
     _warn_of_fragments(gm.graph, report)
     return bound
+
+
+def _parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, nn.Parameter]:
+    """The nodes that are parameters: placeholders, or attributes of the graph's module."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    params = {n: x for n, x in zip(placeholders, inputs) if isinstance(x, nn.Parameter)}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and isinstance(value := _attribute(gm, node), nn.Parameter):
+            params[node] = value
+    return params
+
+
+def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = gm
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _called(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, list[fx.Node]]]:
+    """Graphs that a node runs once, as activation checkpointing does, with the nodes whose values they are given."""
+    seen: set[fx.GraphModule] = set()
+    for node in gm.graph.nodes:
+        graphs = [n for n in node.all_input_nodes if n.op == "get_attr" and isinstance(_attribute(gm, n), fx.GraphModule)]
+        if node.op != "call_function" or len(graphs) != 1:
+            continue
+        inner = _attribute(gm, graphs[0])
+        count = sum(n.op == "placeholder" for n in inner.graph.nodes)
+        operands = list(node.args)[len(node.args) - count :]
+        if inner not in seen and all(isinstance(n, fx.Node) and n is not graphs[0] for n in operands):
+            seen.add(inner)
+            yield inner, operands
 
 
 def _rewrite_parts(

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from hf_families import FAMILIES, build, has_implementation
 from test_families import DOUBLE, EXPECTED_DECLINED, gradient_error, relative_error
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 if __name__ == "__main__":  # from a checkout: tests/ is on the path, the folder above it is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -408,6 +409,37 @@ def test_autocast(where: str) -> None:
     assert y[0].dtype is expected[0].dtype is torch.bfloat16
     assert_same(y, expected, torch.bfloat16)
     assert len(GRAPHS[0].found) == 2, GRAPHS[0]
+
+
+@pytest.mark.parametrize("entrance", ["backend", "optimize"])
+def test_activation_checkpointing(entrance: str) -> None:
+    """The region stands in a graph of its own, which the backend looks into."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = Layers("gathered")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layers, x, use_reentrant=False)
+
+    model = Checkpointed()
+    reference = copy.deepcopy(model)
+    if entrance == "optimize":
+        compiled = torch.compile(moefx.optimize(model), backend="aot_eager", fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend="moefx", fullgraph=True, options=INNER)
+    assert_same(outcome(compiled, model, tokens(3, 11)), outcome(reference, reference, tokens(3, 11)), torch.float32)
+    report = moefx.explain(compiled)
+    assert len(report.found) + sum(len(graph.found) for graph in report.graphs) == 2, report
+
+
+def test_inference_mode() -> None:
+    model = Layers("gathered")
+    with torch.inference_mode():
+        y = torch.compile(model, backend="moefx", fullgraph=True, options=INNER)(tokens(3, 11))
+    torch.testing.assert_close(y, model(tokens(3, 11)))
+    assert len(GRAPHS[0].found) == 2
 
 
 def test_no_grad_saves_nothing(spy: Spy) -> None:
