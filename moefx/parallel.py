@@ -32,8 +32,8 @@ from torch.utils import _pytree as pytree
 from moefx import calibrate, probe, verify
 from moefx.block import RewrittenForward, Variant, rewritten
 from moefx.build import ParallelPlans, compile_parallel
-from moefx.codegen.all_to_all import make_all_to_all
-from moefx.codegen.codecs import CODECS
+from moefx.codegen.all_to_all import Topology, make_all_to_all
+from moefx.codegen.codecs import CODECS, codec_for
 from moefx.compiled import CompiledRegion
 from moefx.costs import Sizes
 from moefx.errors import Decline, InputError
@@ -220,7 +220,7 @@ def distribute(
     group = mesh.get_group()
     blocks = [(name, module, forward) for name, module in model.named_modules() if (forward := rewritten(module))]
     _agree(group, model, options, report)
-    wire = _wire(group, options)
+    wire = _wire(group, options, next(model.parameters()).device.type)
     decided: dict[str, ParallelPlans] = {}
     for name, module, forward in blocks:
         found = next(f for f in report.found if f.name == name)
@@ -279,10 +279,12 @@ def _first_difference(a: Any, b: Any) -> tuple[Any, Any]:
     return a, b
 
 
-def _wire(group: dist.ProcessGroup, options: Options) -> Wire:
+def _wire(group: dist.ProcessGroup, options: Options, device: str) -> Wire:
     codecs = {"forward": options.codec, "backward": options.backward_codec}
-    made = {phase: CODECS[name] for phase, name in codecs.items() if name != "none"}
-    return Wire(group, 0, make_all_to_all(options.all_to_all, group), make_all_to_all("direct", group), made)
+    made = {phase: codec_for(name, device, options.kernels) for phase, name in codecs.items() if name != "none"}
+    topology = Topology.discover(group)
+    rows, counts = (make_all_to_all(name, group, topology) for name in (options.all_to_all, "direct"))
+    return Wire(group, 0, rows, counts, made)
 
 
 def _decide(
