@@ -25,9 +25,9 @@ VOCAB, WIDTH = 64, 16
 EXACT = 1e-10  # float64
 
 
-def language_model(name: str, layers: int = 2, **sizes: Any) -> nn.Module:
+def language_model(name: str, layers: int = 2, d_model: int = WIDTH, **sizes: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = TinyMoELM(lambda d: BLOCKS[name](d, **sizes), vocab=VOCAB, d_model=WIDTH, layers=layers)  # type: ignore[call-arg]
+    model = TinyMoELM(lambda d: BLOCKS[name](d, **sizes), vocab=VOCAB, d_model=d_model, layers=layers)  # type: ignore[call-arg]
     return model.double()
 
 
@@ -41,7 +41,7 @@ def gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor |
     """Logits, and gradients for fixed random cotangents."""
     model.zero_grad(set_to_none=True)
     y = model(ids)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype))
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype).to(y.device))
     return y.detach(), {n: p.grad for n, p in model.named_parameters()}
 
 
@@ -428,3 +428,108 @@ def test_a_lost_rank_is_named(phase: str) -> None:
         assert layer in texts[rank]
         assert f"{phase}, task " in texts[rank]
         assert "rank 1" in texts[rank]
+
+
+# ------------------------------------------------------------------------------------------------ beside other wrappers
+
+
+def data_parallel(kind: str) -> dict[str, float]:
+    """Gradients under DistributedDataParallel against those of `sync_gradients`."""
+    from moefx.parallel import sync_gradients
+
+    ids = batch(dist.get_rank())
+    options = moefx.Options(degree=2, policy="fifo")
+    models = [moefx.optimize(language_model(kind), (ids,), options, mesh=dist.group.WORLD) for _ in range(2)]
+    wrapped = nn.parallel.DistributedDataParallel(models[0])
+    gradients(wrapped, ids)
+    gradients(models[1], ids)
+    sync_gradients(models[1], dist.group.WORLD)
+    experts = {name for name, _ in expert_parameters(models[0])}
+    assert experts
+    errors = {}
+    for (name, a), (_, b) in zip(models[0].named_parameters(), models[1].named_parameters()):
+        if a.grad is None:
+            assert b.grad is None or not b.grad.any()
+            continue
+        mine, other = (g.to_local() if isinstance(g, DTensor) else g for g in (a.grad, b.grad))
+        errors[name] = relative(mine / (dist.get_world_size() if name in experts else 1), other)
+    return errors
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "switch"])
+def test_distributed_data_parallel(kind: str) -> None:
+    assert_exact(run_ranks(2, data_parallel, kind))
+
+
+def fully_sharded(kind: str) -> dict[str, float]:
+    """FSDP2 around a model with experts on ranks: the experts are its ignored parameters."""
+    from torch.distributed.fsdp import fully_shard
+
+    from moefx.parallel import sync_gradients
+
+    ids = batch(dist.get_rank())
+    options = moefx.Options(degree=2, policy="fifo")
+    models = [moefx.optimize(language_model(kind), (ids,), options, mesh=dist.group.WORLD) for _ in range(2)]
+    experts = dict(expert_parameters(models[0]))
+    fully_shard(models[0], ignored_params=set(experts.values()))
+    y, _ = gradients(models[0], ids)
+    z, _ = gradients(models[1], ids)
+    sync_gradients(models[1], dist.group.WORLD)
+    errors = {"logits": relative(y, z)}
+    for (name, a), (_, b) in zip(models[0].named_parameters(), models[1].named_parameters()):
+        if a.grad is None:
+            continue
+        if name in experts:
+            mine, other = (g.to_local() if isinstance(g, DTensor) else g for g in (a.grad, b.grad))
+            errors[name] = relative(mine / dist.get_world_size(), other)
+        else:
+            errors[name] = relative(a.grad.full_tensor(), b.grad)
+    return errors
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "switch"])
+def test_fsdp(kind: str) -> None:
+    assert_exact(run_ranks(2, fully_sharded, kind))
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+def on_a_gpu(options: dict[str, Any]) -> dict[str, float]:
+    """NCCL with itself: lanes are streams, kernels are Triton's; against the plan of one rank, under random delays."""
+    torch.cuda.set_device(0)
+    original = language_model("mixtral", d_model=64, hidden=128).float().cuda()
+    model = copy.deepcopy(original)
+    ids = batch(0, 301).cuda()
+    moefx.optimize(original, (ids,), moefx.Options(degree=1))
+    moefx.optimize(model, (ids,), moefx.Options(policy="fifo", **options), mesh=dist.group.WORLD)
+    rng = random.Random(0)
+
+    def delay(lane: str) -> None:
+        torch.cuda._sleep(rng.randrange(200_000))
+
+    worst: dict[str, float] = {}
+    for _ in range(6):
+        for module in model.modules():
+            forward = rewritten(module)
+            for variant in forward.variants.values() if forward else ():
+                variant.compiled.delays = delay  # type: ignore[union-attr]
+        y, mine = gradients(model, ids)
+        z, reference = gradients(original, ids)
+        errors = {"logits": relative(y, z)}
+        for name, g in reference.items():
+            if g is not None:
+                other = mine[name]
+                errors[name] = relative(other.to_local() if isinstance(other, DTensor) else other, g)  # type: ignore[union-attr,arg-type]
+        worst = {what: max(worst.get(what, 0.0), error) for what, error in errors.items()}
+    return worst
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("codec", ["none", "int8"])
+@pytest.mark.parametrize(("forward", "backward"), [(1, 1), (3, 3), (3, 2)])
+def test_streams(forward: int, backward: int, codec: str) -> None:
+    options = {"degree": forward, "backward_degree": backward, "codec": codec, "backward_codec": codec}
+    (errors,) = run_ranks(1, on_a_gpu, options, backend="nccl", timeout_s=180)
+    assert max(errors.values()) < (1e-4 if codec == "none" else 0.1), errors
