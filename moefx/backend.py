@@ -441,6 +441,11 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
     if any(isinstance(x, FakeTensor) for x in inputs):
         report.declined.append(DeclinedBlock("", "the graph came without real inputs, which an analysis needs"))
         return []
+    if transformed := next((n for n in gm.graph.nodes if _transforms(n)), None):
+        reason = "the graph enters a transform of torch.func (vmap, grad), inside of which nothing is followed"
+        report.declined.append(DeclinedBlock("", reason, location=_line(transformed)))
+        find_log.info("declined the graph: %s", reason)
+        return []
     params = _parameters(gm, inputs)
     parts, called = _candidates(gm.graph, params.__contains__, params), list(_called(gm))
     bound: Bound = []
@@ -455,6 +460,11 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
         find_log.info("declined the graph: %s", reason)
     _warn_of_fragments(gm.graph, report)
     return bound
+
+
+def _transforms(node: fx.Node) -> bool:
+    """Whether a node changes the state of torch.func: a run that stopped in between would leave it changed."""
+    return node.op == "call_function" and "_functorch" in str(getattr(node.target, "__module__", ""))
 
 
 def _parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, nn.Parameter]:
