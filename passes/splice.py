@@ -236,6 +236,8 @@ class Block(nn.Module):
             result: Any = self._attributes[0]
             for name in str(node.target).split("."):
                 result = getattr(result, name)
+            if isinstance(result, Tensor) and self._device is not None:
+                result = result.to(self._device, self._dtypes.get(result.dtype, result.dtype))
             return result
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         if self._dtypes or self._device:
