@@ -48,6 +48,7 @@ from moefx.segments import x_value
 
 # Values of the rows that arrive, beside those of the tokens.
 ARRIVED = {"x": "rx", "order": "rorder", "offsets": "roffsets", "position": "rposition"}
+COUNTS = ("sent", "received")  # on the CPU: no stream holds them
 ROW_SIZED = r"[vgs]\d|rows|wire\d|got\d|rx|ry|h(_|$)|gr|rgy|rgx|gxr|a\d"
 
 
@@ -203,7 +204,7 @@ def lower_parallel(
         for x in with_events(launches, graph, schedule)
     ]
     if forward:
-        launches.insert(0, Launch(PROLOGUE, HOME, "counts", ("sent", "received"), ("ids",)))
+        launches.insert(0, Launch(PROLOGUE, HOME, "counts", COUNTS, ("ids",)))
     elif picks:
         launches = _prologue(region, local, forward_degree) + launches
     outputs = ("y",) if forward else ("gx", "gw")
@@ -217,13 +218,13 @@ def lower_parallel(
     saved = kept if forward else ()
     keep = {*outputs, *saved}
     launches = [
-        replace(x, uses=tuple(v for v in x.uses if not _is_pending(v))) for x in with_uses(launches, keep)
+        replace(x, uses=tuple(v for v in x.uses if not _is_pending(v) and v not in COUNTS)) for x in with_uses(launches, keep)
     ]
     launches = with_frees(launches, keep, ROW_SIZED)
     leaves = tuple(f"leaf{i}" for i in range(len(region.leaves)))
     inputs = ("x", "ids", "w", *leaves)
     if not forward:
-        common = ("x", "ids", "w", "sent", "received")
+        common = ("x", "ids", "w", *COUNTS)
         kept = (*common, *(f"f_{v}" for v in kept[len(common) :])) if picks else kept
         inputs = (*kept, "gy", *leaves, *(f"d{leaf}" for leaf in leaves))
     lanes = tuple(lane for lane, _ in schedule.lanes)
@@ -235,7 +236,7 @@ def lower_parallel(
 def saved_values(region: Region, local: Region, forward_degree: int) -> tuple[str, ...]:
     """What the forward plan leaves for the backward plan, in order."""
     pairs = [_Pair(region, local, c, forward_degree, False) for c in range(forward_degree)]
-    return ("x", "ids", "w", "sent", "received", *(name for pair in pairs for name in _saved_of_pair(pair)))
+    return ("x", "ids", "w", *COUNTS, *(name for pair in pairs for name in _saved_of_pair(pair)))
 
 
 def _is_pending(value: str) -> bool:
