@@ -626,7 +626,7 @@ def test_transforms_of_torch_func_are_left_alone(spy: Spy) -> None:
 # Positive styles that Dynamo captures and the backend leaves alone; what `optimize` does with them is in test_styles.py.
 NOT_IN_GRAPHS = frozenset(
     "vmap_experts vmap_tokens flat_vector_weights grouped_convolutions weight_norm_experts equalised_weights "
-    "shared_first_layer split_head_experts conditioned_experts weight_in_hidden_layer_bias".split()
+    "shared_first_layer split_head_experts conditioned_experts weight_in_hidden_layer_bias table_routing centroid_routing".split()
 )
 
 
