@@ -498,7 +498,9 @@ def test_fsdp(kind: str) -> None:
 def on_a_gpu(options: dict[str, Any]) -> dict[str, float]:
     """NCCL with itself: lanes are streams, kernels are Triton's; against the plan of one rank, under random delays."""
     torch.cuda.set_device(0)
-    original = language_model("mixtral", d_model=64, hidden=128).float().cuda()
+    # After a layer with a codec some tokens choose other experts, so the errors of a second one say nothing.
+    layers = 1 if "codec" in options else 2
+    original = language_model("mixtral", layers, d_model=64, hidden=128).float().cuda()
     model = copy.deepcopy(original)
     ids = batch(0, 301).cuda()
     moefx.optimize(original, (ids,), moefx.Options(degree=1))
@@ -530,6 +532,7 @@ def on_a_gpu(options: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize(("forward", "backward"), [(1, 1), (3, 3), (3, 2)])
 def test_streams(forward: int, backward: int, codec: str) -> None:
-    options = {"degree": forward, "backward_degree": backward, "codec": codec, "backward_codec": codec}
+    options: dict[str, Any] = {"degree": forward, "backward_degree": backward}
+    options |= {"codec": codec, "backward_codec": codec} if codec != "none" else {}
     (errors,) = run_ranks(1, on_a_gpu, options, backend="nccl", timeout_s=180)
-    assert max(errors.values()) < (1e-4 if codec == "none" else 0.1), errors
+    assert max(errors.values()) < (1e-4 if codec == "none" else 0.05), errors
