@@ -612,16 +612,24 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
             elif inner.op == "output":
                 result = env[inner.args[0]]
             else:
-                env[inner] = copied = gm.graph.node_copy(inner, env.__getitem__)
+                if inner.op == "get_attr":
+                    copied = _as_node(gm.graph, getattr(traced, str(inner.target)))
+                else:
+                    copied = gm.graph.node_copy(inner, env.__getitem__)
+                env[inner] = copied
                 copied.meta["example_value"] = inner.meta.get("val")
                 copied.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                 copied.meta["stack_trace"] = node.meta.get("stack_trace")
-                if inner.op == "get_attr":
-                    name = f"_moefx_constant{sum(n.op == 'get_attr' for n in gm.graph.nodes)}"
-                    gm.register_buffer(name, getattr(traced, str(inner.target)))
-                    copied.target = name
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
+
+
+def _as_node(graph: fx.Graph, constant: Tensor) -> fx.Node:
+    """A small constant as a call of torch.tensor: Dynamo knows of no attribute that it has not made."""
+    value = constant.constant if isinstance(constant, FakeTensor) else constant
+    if value is None:
+        raise Decline("a constant of the region has no value while the graph is made")
+    return graph.call_function(torch.tensor, (value.tolist(),), {"dtype": value.dtype, "device": constant.device})
 
 
 @contextlib.contextmanager
