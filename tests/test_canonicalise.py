@@ -283,8 +283,8 @@ class ReturnsObject(ListMoe):
     ("block", "reason"),
     [
         (Penalised, r"still needs the experts' parameter experts\.0\.0\.weight"),
-        (Remembering, r"sets self\.last: a Python side effect"),
-        (CountingChild, r"sets self\.experts\.0\.calls: a Python side effect"),
+        (Remembering, r"changes self\.last: a Python side effect"),
+        (CountingChild, r"changes self\.experts\.0\.calls: a Python side effect"),
         (Looking, r"Python reads values of the tokens \(item\) and may branch on them"),
         (UsesGlobal, r"a tensor that no torch function made"),
         (ReturnsObject, r"returns a Wrapped, whose tensors cannot be followed"),

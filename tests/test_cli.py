@@ -135,7 +135,7 @@ def test_explain_finds_the_blocks_and_changes_nothing(capsys: pytest.CaptureFixt
 
 def test_the_quick_start_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
     exec(compile(block, "README.md", "exec"), {})
     assert capsys.readouterr().out.count("2 MoE block(s) found") == 2
 
