@@ -121,7 +121,9 @@ class Rank:
         )  # fmt: skip
         region, held = self.layer.region(), self.held.region
         if self.chunk_s is None and self.profile is not None:
-            self.chunk_s = chunk_seconds(region, held, self.params, wire, "torch")
+            measured = [chunk_seconds(region, held, self.params, wire, "torch")]
+            dist.broadcast_object_list(measured)  # all ranks decide alike
+            self.chunk_s = measured[0]
         sizes = self.layer.sizes(self.group.size())
         plans = compile_parallel(region, held, options, sizes, self.profile, shares, chunk_s=self.chunk_s or {})
         return ParallelRegion(self.layer.region(), self.held.region, plans, "torch", wire), plans
