@@ -102,10 +102,7 @@ class Rank:
         self.x = torch.randn(layer.tokens, d, generator=generator).requires_grad_()
         scores = torch.rand(layer.tokens, e, generator=generator)
         # Balanced, as the cost model has it: every expert gets as many rows.
-        turn = torch.arange(layer.tokens).unsqueeze(1) + torch.arange(layer.top_k)
-        self.ids = (turn * max(1, e // max(layer.top_k, 1)) + torch.arange(layer.tokens).unsqueeze(1)) % e
-        if layer.top_k > 1:
-            self.ids = (torch.arange(layer.tokens).unsqueeze(1) + torch.arange(layer.top_k)) % e
+        self.ids = (torch.arange(layer.tokens).unsqueeze(1) + torch.arange(layer.top_k)) % e
         self.w = scores[:, : layer.top_k].contiguous()
         self.gy = torch.randn(layer.tokens, d, generator=generator)
 

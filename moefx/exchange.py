@@ -63,7 +63,6 @@ class Exchange:
 
     pending: Any
     task: str
-    peers: dist.ProcessGroup
 
 
 class ParallelRuntime(Runtime):
@@ -136,7 +135,7 @@ class ParallelRuntime(Runtime):
             pending = algorithm.start(rows[: sum(leaving)].contiguous(), leaving, coming)
         except RuntimeError as error:
             raise self._failure(task, error) from error
-        return Exchange(pending, task, self.wire.group)
+        return Exchange(pending, task)
 
     def arrive(self, exchange: Exchange) -> Tensor:
         """The rows of an exchange; CommunicationError says in which layer, task and chunk it failed, and because of whom."""
