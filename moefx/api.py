@@ -271,7 +271,11 @@ def optimize(
         raise
     _rewrite(model, seen, options, report, replace=True)
     if mesh is not None:
-        _parallel().distribute(model, mesh, options, report, seen.examples)
+        try:
+            _parallel().distribute(model, mesh, options, report, seen.examples)
+        except InputError:  # on all ranks alike
+            restore(model)
+            raise
     return model
 
 

@@ -183,7 +183,9 @@ def test_ranks_that_differ_are_told(what: str, named: str) -> None:
 def too_many_ranks() -> str:
     model = language_model("mixtral", layers=1, experts=5)
     ids = batch(0)
-    return message(lambda: moefx.optimize(model, (ids,), moefx.Options(degree=1), mesh=dist.group.WORLD))
+    text = message(lambda: moefx.optimize(model, (ids,), moefx.Options(degree=1), mesh=dist.group.WORLD))
+    assert not any(rewritten(module) for module in model.modules()), "the model is as it was"
+    return text
 
 
 def test_a_rank_without_experts_is_refused() -> None:
