@@ -7,6 +7,7 @@ import copy
 import enum
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -202,8 +203,8 @@ def _token_shape(example: probe.Example, module: nn.Module, experts: int, more: 
     stacked = any(p.dim() >= 3 for p in module.parameters())
     heavy = sum(p.numel() for p in module.parameters()) > verify.HEAVY
     need = (24 if stacked and heavy else 53 if stacked else max(53, 6 * experts)) * more
-    have = max(1, torch.Size(shape).numel())
-    return (max(1, -(-need * shape[0] // have)), *shape[1:]) if shape else shape
+    have = max(1, torch.Size(shape).numel()) ** example.repeats
+    return (math.ceil((need * shape[0] ** example.repeats / have) ** (1 / example.repeats)), *shape[1:]) if shape else shape
 
 
 def _source_line(cls: type) -> str:

@@ -11,6 +11,7 @@ tried deepest first, as `optimize` tries modules, and parts of equal structure s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import operator
 import time
@@ -50,6 +51,7 @@ from moefx.trace import precision
 log = logging.getLogger(__name__)
 find_log = logging.getLogger("moefx.passes.find")
 
+MAX_UNLINKED = 256  # hypotheses of one part, most of which may be about values that no node holds: few tokens allow many
 MAX_PARTS = 64  # of different structure that are analysed in one graph
 INNER = "inductor"
 BROKEN = (
@@ -333,13 +335,17 @@ class _Analysis:
             self.tape.clear()
             self.twin.listener = self.tape.append
             try:
-                for tried, hypothesis in enumerate(_hypotheses(self.twin, *inputs, near, all_reached=more < 16)):
+                tried = 0
+                hypotheses = _hypotheses(self.twin, *inputs, near, all_reached=more < 16)
+                for hypothesis in itertools.islice(hypotheses, MAX_UNLINKED):
                     try:
-                        return self._realise(hypothesis)
+                        roles, record = self._roles(hypothesis)
+                        tried += 1
+                        return self._realise(hypothesis, roles, record)
                     except Decline as reason:
                         find_log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
                         reasons.append(reason)
-                    if tried + 1 == MAX_HYPOTHESES:
+                    if tried == MAX_HYPOTHESES:
                         break
                 break
             except find.Unreached as missing:
@@ -348,16 +354,15 @@ class _Analysis:
                 self.twin.listener = None
         raise _best_reason(reasons, near, _line(self.part.nodes[0]))
 
-    def _realise(self, hypothesis: Hypothesis) -> Found:
+    def _realise(self, hypothesis: Hypothesis, roles: Roles, record: Record) -> Found:
         """The hypothesis as a change of the part, verified; Decline when it is refuted."""
         listener, self.twin.listener = self.twin.listener, None
         try:
-            return self._verified(hypothesis)
+            return self._verified(hypothesis, roles, record)
         finally:
             self.twin.listener = listener
 
-    def _verified(self, hypothesis: Hypothesis) -> Found:
-        roles, record = self._roles(hypothesis)
+    def _verified(self, hypothesis: Hypothesis, roles: Roles, record: Record) -> Found:
         compiled = compile_region(hypothesis.region, self.options.chunks, self.options.kernels)
         by_name = {f"p{i}": n for i, n in enumerate(self.part.params)}
         theta = tuple(by_name[name] for name in compiled.binder.names)
@@ -374,8 +379,10 @@ class _Analysis:
         on_probe = Routed(compiled, call.routing, leading, None if probed[0] == probed[1] else probed[1])
         probing = replace(change, call=on_probe)
         run = lambda a, k: self.twin.run(a, probing)  # noqa: E731
+        sizes = [size for n in self.part.inputs for size in value_of(n).shape]
+        fixed = all(isinstance(size, int) for size in sizes)
         errors = verify.verify(
-            self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=True
+            self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=True, fixed=fixed
         )
         errors["device"] = self._on_device(change, lowest)
         return Found(self.part, change, call, hypothesis, compiled, errors)

@@ -217,6 +217,14 @@ class Example:
         ]
         return tuple(dict.fromkeys(dims))
 
+    @property
+    def repeats(self) -> int:
+        """How many token dimensions share the one token size: a batch of one sequence of one token, of n times n tokens."""
+        if len(self.token_sizes) != 1:
+            return 1
+        floats = [t for t in self.leaves() if isinstance(t, Tensor) and t.is_floating_point()]
+        return max([1, *(list(t.shape[:-1]).count(self.token_sizes[0]) for t in floats)])
+
 
 # token shapes to draw, by the number of token dimensions
 SHAPES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -229,6 +237,8 @@ SHAPES: dict[int, tuple[tuple[int, ...], ...]] = {
 
 def shapes_for(example: Example) -> tuple[tuple[int, ...], ...]:
     rank = len(example.token_sizes)
+    if example.repeats > 1:
+        return tuple((round(n ** (1 / example.repeats)),) for (n,) in SHAPES[1])
     if rank in SHAPES:
         return SHAPES[rank]
     raise Decline(f"the block's inputs have {rank} different leading sizes; which of them are tokens is unclear")

@@ -52,11 +52,11 @@ def adversarial_cases(example: Example, again: bool = False) -> list[Case]:
 
 def verify(
     module: nn.Module, rewritten: Run, example: Example, experts: int, lowest: torch.dtype, skip: type[Exception],
-    again: bool = False, own_sizes: bool = False,
+    again: bool = False, own_sizes: bool = False, fixed: bool = False,
 ) -> dict[str, float]:
     """Compares `module` (a probe copy) with its rewritten form on adversarial cases.
 
-    own_sizes: also on inputs of the example's sizes (a graph may hold no other).
+    own_sizes: also on inputs of the example's sizes; fixed: there are no others, so that failing on them refutes nothing.
     again: the rewriting was verified before, in another mode: fewer cases, and of very large blocks no gradients. The
     gradients of their large parameters are never compared here, but on the block's own weights (`moefx.api`).
     Returns the worst relative errors, {"forward": ..., "gradient": ...}. Raises Decline with the first case that differs.
@@ -71,6 +71,8 @@ def verify(
     cases = adversarial_cases(example, again)
     if own_sizes:
         cases += [Case(example.token_sizes, tokens, True) for tokens in ("random", "alike", "near", "one")]
+        few = torch.Size(example.token_sizes).numel() ** example.repeats  # tokens, which reach few experts at a time
+        cases += [Case(example.token_sizes, "random", False)] * min(32, 2 * experts // max(1, few))
     for i, case in enumerate(cases):
         if heavy and (i or again):
             case = replace(case, gradients=False)
@@ -84,6 +86,8 @@ def verify(
         except skip:
             continue
         except Exception as error:
+            if fixed and case.token_shape != example.token_sizes:
+                continue
             raise Decline(f"the rewritten block fails on {case}: {type(error).__name__}: {str(error)[:160]}") from error
         errors = compare(expected, actual, TOLERANCE[lowest], str(case))
         worst = {k: max(worst[k], errors[k]) for k in worst}

@@ -191,6 +191,10 @@ def test_shapes_to_draw_have_the_examples_rank_and_one_of_a_single_token():
     for rank, shapes in SHAPES.items():
         assert all(len(s) == rank for s in shapes)
     assert (1, 1) in shapes_for(Example((torch.zeros(2, 5, D),), {}))
+    square = Example((torch.zeros(3, 3, D),), {})  # one size stands for two dimensions: of 7 x 7 tokens, not 53 x 53
+    assert square.repeats == 2
+    assert shapes_for(square) == ((7,), (6,), (1,), (15,))
+    assert Example((torch.zeros(3, 5, D), torch.zeros(3, 3)), {}).repeats == 1
     with pytest.raises(Decline, match="4 different leading sizes"):
         shapes_for(Example((torch.zeros(2, 3, 4, 5, D),), {}))
 
