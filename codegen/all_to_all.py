@@ -75,7 +75,7 @@ class Pending(Protocol):
 
 
 class AllToAll(Protocol):
-    """An algorithm for one process group."""
+    """An algorithm for one process group. One with an attribute `wants_all_rows = True` is given `all_rows` by plans."""
 
     def start(
         self, send: Tensor, sent_rows: Rows, received_rows: Rows, all_rows: Sequence[Rows] | None = None
@@ -83,7 +83,8 @@ class AllToAll(Protocol):
         """Begin to exchange send [S, W], contiguous, any dtype, which must not change until the wait.
 
         sent_rows[p] rows go to rank p of the group and received_rows[p] come from it: S and R are their sums. all_rows[s][d],
-        where the caller has it: the rows from s to d for all pairs, which spares some algorithms an exchange of counts.
+        where the caller has it: the rows from s to d for all pairs, which spares some algorithms an exchange of counts. Plans
+        have it for those that want it, and call the others without.
         """
         ...
 
@@ -270,6 +271,8 @@ class Hierarchical:
     One node, or nodes of one rank, leave nothing to gather: then it is `Direct`.
     """
 
+    wants_all_rows: bool
+
     def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
         self.group = group
         connect(group)
@@ -278,6 +281,7 @@ class Hierarchical:
         number = [nodes[topology.nodes[rank]].index(rank) for rank in ranks]
         self._mates = nodes[topology.nodes[own]]
         self._flat = Direct(group, topology) if len(nodes) in (1, group.size()) else None
+        self.wants_all_rows = self._flat is None
         # duties[f]: the ranks that mate f forwards to, itself among them.
         size = len(self._mates)
         self._duties = {f: [d for d in ranks if number[d] % size == number[f]] for f in self._mates}

@@ -181,7 +181,7 @@ def _unpack(name: str, region: Region) -> str:
 
 
 def _body(plan: Plan) -> Iterator[str]:
-    if plan.degree > 1:
+    if any(x.op == "slice" for x in plan.launches):
         tokens = "x" if plan.phase == "forward" else "gy"
         chunks = ", ".join(f"tokens_{c}" for c in range(plan.degree))
         yield f"    {chunks} = rt.chunks({tokens}.shape[0], {plan.degree})"

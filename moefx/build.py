@@ -81,7 +81,8 @@ def compile_parallel(
     graphs, schedules, timelines = (tuple(column) for column in zip(*chosen))
     degree = schedules[0].degree
     forward, backward = (
-        lower_parallel(region, local, g, s, degree, phase in wire_shares) for g, s, phase in zip(graphs, schedules, PHASES)
+        lower_parallel(region, local, g, s, degree, phase in wire_shares, options.capacity is not None)
+        for g, s, phase in zip(graphs, schedules, PHASES)
     )
     emitted = load(emit(local, forward, backward, name="region"))
     return ParallelPlans(graphs, schedules, (forward, backward), emitted, timelines)  # type: ignore[arg-type]

@@ -23,6 +23,10 @@ class PlanError(MoefxError):
     """A stage received or made an invalid task graph, schedule or plan: names the task and the lane."""
 
 
+class CapacityError(MoefxError, ValueError):
+    """A rank has more rows for an expert than `Options(capacity=...)` says; nothing was dropped, there is no result."""
+
+
 class CommunicationError(MoefxError, RuntimeError):
     """An exchange between ranks failed or took too long. `peers` are the ranks of the group that did not do their part."""
 

@@ -1,17 +1,23 @@
 """What the plan of a layer runs on when its experts are spread over ranks: counts of rows, exchanges, and orders of rows.
 
-P ranks, E experts, m = ceil(E / P): rank p holds experts p*m to (p+1)*m - 1, the last ones fewer. T tokens of this rank in
-rf chunks forward and rb backward. Counts are kept by both chunks of a token, so that one exchange serves both phases:
+P ranks, E experts, m = ceil(E / P): rank p holds experts p*m to (p+1)*m - 1, the last ones fewer or none; e of them are this
+rank's. T tokens of this rank in rf chunks forward and rb backward. `counts` says how many rows go where:
+
+- `Counted`, dropless: the rows that there are travel, no others. int64 on the CPU, kept by both chunks of a token, so that one
+  exchange serves both phases (n = rb, or n = 1 where rf = rb and the chunks are the same):
 
     sent [rf, n, E]            rows of this rank's tokens for each expert
-    received [rf, n, P, e]     rows from each rank for each of this rank's e experts       (both int64, on the CPU)
+    received [rf, n, P, e]     rows from each rank for each of this rank's experts
+    pairs [rf, n, P, P]        rows from each rank to each other, for all-to-alls that want to know
 
-with n = rb, or n = 1 where rf = rb and the chunks are the same. Reading them is the only time the host waits for a GPU.
+  one beside the other in the last axis. Reading them is the only time the host waits for a GPU.
+- `Padded`, a capacity C: each expert has room for C rows from each rank, which are chunks of C and travel whether there are
+  that many or not. [P, e] on the device: rows from each rank for each expert here. The host reads nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,9 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefx.errors import CommunicationError
+from moefx.errors import CapacityError, CommunicationError
 from moefx.ir import chunk_bounds
 from moefx.runtime import OpTable, Runtime
+
+Rows = list[int]  # for each rank
 
 
 def experts_of(experts: int, ranks: int, rank: int) -> range:
@@ -34,7 +42,7 @@ def experts_of(experts: int, ranks: int, rank: int) -> range:
 class Wire:
     """How rows get to other ranks. group: of the P ranks. all_to_all and counts: see `moefx.codegen.all_to_all.AllToAll`.
 
-    codec: what the phase's rows are encoded with, or None. layer: the name of the layer, for messages.
+    codec: what the phase's rows are encoded with, or None. layer: the name of the layer, for messages. capacity: C, or None.
     """
 
     group: dist.ProcessGroup
@@ -43,6 +51,7 @@ class Wire:
     counts: Any
     codecs: Mapping[str, Any]
     layer: str = "the layer"
+    capacity: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -55,6 +64,11 @@ class Wire:
     @property
     def most(self) -> int:
         return -(-self.experts // self.ranks)
+
+    @property
+    def wants_all_rows(self) -> bool:
+        """Whether the all-to-all asks for the rows between all pairs of ranks."""
+        return getattr(self.all_to_all, "wants_all_rows", False)
 
 
 @dataclass
@@ -83,56 +97,30 @@ class ParallelRuntime(Runtime):
         self.wire, self.phase, self.degrees = wire, phase, degrees
         self.codec = wire.codecs.get(phase)
 
-    # -------------------------------------------------------------------------------------------- counts
-
-    def counts(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """sent and received for expert ids [T, K]; ids outside [0, E) are sent nowhere."""
-        forward, backward = self.degrees
-        cells = forward * (1 if forward == backward else backward)
-        experts, ranks, most = self.wire.experts, self.wire.ranks, self.wire.most
-        cell = _chunk_of(ids, forward)
-        if forward != backward:
-            cell = cell * backward + _chunk_of(ids, backward)
-        bins = (cell.unsqueeze(1) * (ranks * most) + ids.long()).reshape(-1)
-        outside = (ids < 0) | (ids >= experts)
-        bins = bins.masked_fill(outside.reshape(-1), cells * ranks * most)
-        rows = torch.zeros(cells * ranks * most + 1, dtype=torch.int64, device=ids.device)
-        rows.scatter_add_(0, bins, torch.ones_like(bins))
-        rows = rows[:-1].view(cells, ranks, most)
-        out = rows.transpose(0, 1).reshape(ranks * cells, most).contiguous()
-        arrived = self._wait(self._start(self.wire.counts, out, [cells] * ranks, [cells] * ranks, "counts"))
-        both = torch.stack([rows.reshape(-1), arrived.reshape(-1)]).cpu()
-        sent = both[0].view(forward, -1, ranks * most)[..., :experts]
-        received = both[1].view(ranks, forward, cells // forward, most).permute(1, 2, 0, 3)[..., : len(self.wire.held)]
-        return sent.contiguous(), received.contiguous()
-
-    def _of_chunk(self, counts: Tensor, chunk: int) -> Tensor:
-        """The counts of one chunk of this phase."""
-        if self.phase == "forward" or self.degrees[0] == self.degrees[1]:
-            return counts[chunk].sum(0)
-        return counts[:, chunk].sum(0)
-
-    def _by_rank(self, sent: Tensor, received: Tensor, chunk: int) -> tuple[list[int], list[int]]:
-        """Rows of a chunk that go to and come from the experts of each rank."""
-        mine = torch.nn.functional.pad(self._of_chunk(sent, chunk), (0, self.wire.ranks * self.wire.most - self.wire.experts))
-        return mine.view(self.wire.ranks, -1).sum(1).tolist(), self._of_chunk(received, chunk).sum(1).tolist()
-
     # -------------------------------------------------------------------------------------------- exchanges
 
-    def to_experts(self, rows: Tensor, sent: Tensor, received: Tensor, chunk: int) -> Exchange:
+    def to_experts(self, rows: Tensor, counts: Tensor, chunk: int) -> Exchange:
         """Sends rows [R, W] in the order of experts to where these are; `arrive` gives those by (source rank, expert)."""
-        leaving, coming = self._by_rank(sent, received, chunk)
-        return self._start(self.wire.all_to_all, rows, leaving, coming, f"A1_{chunk}")
+        leaving, coming, pairs = self.splits(counts, chunk)
+        return self._start(self.wire.all_to_all, rows, leaving, coming, pairs, f"A1_{chunk}")
 
-    def to_tokens(self, rows: Tensor, sent: Tensor, received: Tensor, chunk: int) -> Exchange:
+    def to_tokens(self, rows: Tensor, counts: Tensor, chunk: int) -> Exchange:
         """The way back: rows by (source rank, expert) return to their tokens' rank, in the order in which they left it."""
-        leaving, coming = self._by_rank(sent, received, chunk)
-        return self._start(self.wire.all_to_all, rows, coming, leaving, f"A2_{chunk}")
+        leaving, coming, pairs = self.splits(counts, chunk)
+        back = None if pairs is None else [list(column) for column in zip(*pairs)]
+        return self._start(self.wire.all_to_all, rows, coming, leaving, back, f"A2_{chunk}")
 
-    def _start(self, algorithm: Any, rows: Tensor, leaving: list[int], coming: list[int], task: str) -> Exchange:
+    def splits(self, counts: Tensor, chunk: int) -> tuple[Rows, Rows, list[Rows] | None]:
+        """Rows of a chunk that go to and come from the experts of each rank, and, if the all-to-all wants it, all_rows."""
+        raise NotImplementedError
+
+    def _start(
+        self, algorithm: Any, rows: Tensor, leaving: Rows, coming: Rows, pairs: list[Rows] | None, task: str
+    ) -> Exchange:
         # On CUDA more rows are held than exist; see `moefx.ops`.
         try:
-            pending = algorithm.start(rows[: sum(leaving)].contiguous(), leaving, coming)
+            known = () if pairs is None else (pairs,)
+            pending = algorithm.start(rows[: sum(leaving)].contiguous(), leaving, coming, *known)
         except RuntimeError as error:
             raise self._failure(task, error) from error
         return Exchange(pending, task)
@@ -166,11 +154,73 @@ class ParallelRuntime(Runtime):
         rows: Tensor = self.codec.decode(wire, width, dtype)  # type: ignore[union-attr]
         return rows
 
+    # -------------------------------------------------------------------------------------------- picked chunks
+
+    @staticmethod
+    def pick(values: Tensor, index: Tensor) -> Tensor:
+        """Some rows of what all chunks of forward saved."""
+        return values.index_select(0, index)
+
+    def _rows_by_expert(self, ids: Tensor, cell: Tensor, cells: int) -> Tensor:
+        """[cells, P, m]: how many slots of ids [T, K] each expert has, by the cell [T] of the token."""
+        bins_per_cell = self.wire.ranks * self.wire.most
+        bins = (cell.unsqueeze(1) * bins_per_cell + ids.long()).reshape(-1)
+        outside = (ids < 0) | (ids >= self.wire.experts)
+        bins = bins.masked_fill(outside.reshape(-1), cells * bins_per_cell)
+        rows = torch.zeros(cells * bins_per_cell + 1, dtype=torch.int64, device=ids.device)
+        rows.scatter_add_(0, bins, torch.ones_like(bins))
+        return rows[:-1].view(cells, self.wire.ranks, self.wire.most)
+
+    def _tell(self, rows: Tensor) -> Tensor:
+        """What all ranks tell this one in counts [P, n, W], of which they get one piece each, in the same shape."""
+        each = [rows.shape[1]] * self.wire.ranks
+        return self._wait(self._start(self.wire.counts, rows.flatten(0, 1), each, each, None, "counts")).view_as(rows)
+
+
+class Counted(ParallelRuntime):
+    """Exactly the rows that are routed travel."""
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """See the head of this file; ids outside [0, E) are sent nowhere."""
+        forward, backward = self.degrees
+        token = torch.arange(ids.shape[0], device=ids.device)
+        cell, cells = _chunk_of(token, ids.shape[0], forward)[0], forward
+        if forward != backward:
+            cell, cells = cell * backward + _chunk_of(token, ids.shape[0], backward)[0], forward * backward
+        rows = self._rows_by_expert(ids, cell, cells)  # [cells, P, m]
+        ranks, held = self.wire.ranks, len(self.wire.held)
+        if self.wire.wants_all_rows:
+            told = self._tell(rows.flatten(1).expand(ranks, -1, -1)).view(ranks, cells, ranks, -1)
+            received, pairs = told[:, :, self.wire.group.rank()], told.sum(3).transpose(0, 1)
+        else:
+            received, pairs = self._tell(rows.transpose(0, 1)), rows.new_empty(cells, 0)
+        parts = (rows.flatten(1)[:, : self.wire.experts], received[..., :held].transpose(0, 1), pairs)
+        return torch.cat([part.flatten(1) for part in parts], 1).cpu().view(forward, cells // forward, -1)
+
+    def parts(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """sent, received and, where the all-to-all wants them, pairs."""
+        experts, ranks, held = self.wire.experts, self.wire.ranks, len(self.wire.held)
+        sent, received, pairs = counts.tensor_split([experts, experts + ranks * held], dim=-1)
+        known = pairs.unflatten(-1, (ranks, ranks)) if pairs.shape[-1] else None
+        return sent, received.unflatten(-1, (ranks, held)), known
+
+    def _of_chunk(self, counts: Tensor, chunk: int) -> Tensor:
+        """The counts of one chunk of this phase."""
+        if self.phase == "forward" or self.degrees[0] == self.degrees[1]:
+            return counts[chunk].sum(0)
+        return counts[:, chunk].sum(0)
+
+    def splits(self, counts: Tensor, chunk: int) -> tuple[Rows, Rows, list[Rows] | None]:
+        sent, received, pairs = self.parts(counts)
+        mine = torch.nn.functional.pad(self._of_chunk(sent, chunk), (0, self.wire.ranks * self.wire.most - self.wire.experts))
+        leaving, coming = mine.view(self.wire.ranks, -1).sum(1), self._of_chunk(received, chunk).sum(1)
+        return leaving.tolist(), coming.tolist(), None if pairs is None else self._of_chunk(pairs, chunk).tolist()
+
     # -------------------------------------------------------------------------------------------- orders
 
-    def regroup(self, received: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    def regroup(self, counts: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """order [R], offsets [e+1], position [R, 1] that bring rows by (source rank, expert) into the order of experts."""
-        rows = self._of_chunk(received, chunk)  # [P, e]
+        rows = self._of_chunk(self.parts(counts)[1], chunk)  # [P, e]
         starts = _exclusive(rows.reshape(-1)).view_as(rows)
         order = self._segments(starts.t(), rows.t())
         position = torch.empty_like(order)
@@ -179,11 +229,12 @@ class ParallelRuntime(Runtime):
         return order, offsets, position.unsqueeze(1)
 
     def regroup_picked(
-        self, received: Tensor, rorder_all: Tensor, chunk: int
+        self, counts: Tensor, rorder_all: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """For a chunk of backward alone: `regroup` of its gradients; then, of each of its rows in the order of experts, the
         number among all rows that arrived in forward, and among all that forward had in the order of experts."""
-        order, offsets, position = self.regroup(received, chunk)
+        order, offsets, position = self.regroup(counts, chunk)
+        received = self.parts(counts)[1]
         by_forward = received.sum(1)  # [rf, P, e]
         by_expert = by_forward.transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
         starts = _exclusive(by_expert.reshape(-1)).view_as(by_expert)
@@ -200,37 +251,163 @@ class ParallelRuntime(Runtime):
         repeated = torch.repeat_interleave(shift, lengths, output_size=total)
         return repeated + torch.arange(total, device=self._device)
 
-    # -------------------------------------------------------------------------------------------- picked chunks
-
-    def rows_of_all(self, sent: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
+    def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
         """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""
-        starts = _exclusive(sent.sum((1, 2))).tolist()
+        starts = _exclusive(self.parts(counts)[0].sum((1, 2))).tolist()
         return torch.cat([torch.where(p < 0, p, p + start) for p, start in zip(positions, starts)])
 
-    def arrived_of_all(self, received: Tensor, orders: tuple[Tensor, ...]) -> Tensor:
+    def arrived_of_all(self, counts: Tensor, orders: Sequence[Tensor]) -> Tensor:
         """The order of what arrived in all chunks of forward, chunk by chunk."""
-        starts = _exclusive(received.sum((1, 2, 3))).tolist()
+        starts = _exclusive(self.parts(counts)[1].sum((1, 2, 3))).tolist()
         return torch.cat([order + start for order, start in zip(orders, starts)])
 
-    def pick_own(self, h_all: Tensor, position_all: Tensor, order: Tensor, sent: Tensor, chunk: int) -> Tensor:
+    def pick_own(self, h_all: Tensor, position_all: Tensor, order: Tensor, counts: Tensor, chunk: int) -> Tensor:
         """Of the results of all chunks those of one chunk of backward, in its own order."""
         first, end = chunk_bounds(position_all.shape[0], self.degrees[1])[chunk]
-        rows = int(self._of_chunk(sent, chunk).sum())
+        rows = int(self._of_chunk(self.parts(counts)[0], chunk).sum())
         return h_all.index_select(0, position_all[first:end].reshape(-1).index_select(0, order[:rows]))
 
+
+class Padded(ParallelRuntime):
+    """Every expert takes C rows from every rank, chunk by chunk of those: what travels never depends on the routing.
+
+    The places that no row takes hold copies of other rows. Who receives them knows by `counts`, and computes nothing of them.
+    On the CPU orders are as long as there are rows; on CUDA, places without a row come last (see `moefx.ops`).
+    """
+
+    @property
+    def capacity(self) -> int:
+        assert self.wire.capacity is not None
+        return self.wire.capacity
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """See the head of this file. A rank with more rows for an expert than it has room for is an error on all ranks: a
+        CapacityError, or on CUDA an assertion on the device, which the host sees when it next waits for that."""
+        rows = self._rows_by_expert(ids, torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device), 1)[0]  # [P, m]
+        told = self._tell(torch.cat([rows, rows.max().expand(self.wire.ranks, 1)], 1).unsqueeze(1)).squeeze(1)
+        most = told[:, -1]
+        if most.is_cuda:
+            torch._assert_async((most <= self.capacity).all(), f"{self.wire.layer}: a rank has more rows than its capacity")
+        elif int(most.max()) > self.capacity:
+            rank = int(most.argmax())
+            raise CapacityError(
+                f"{self.wire.layer}: rank {rank} has {int(most[rank])} rows for one expert, and capacity={self.capacity} is "
+                f"too few; choose the model's own capacity, or capacity=None, which counts"
+            )
+        return told[:, : len(self.wire.held)].contiguous()
+
+    def _slice(self, chunk: int, phase: Literal["forward", "backward"] | None = None) -> tuple[int, int]:
+        """The places of each expert, of C, that a chunk has."""
+        return chunk_bounds(self.capacity, self.degrees[(phase or self.phase) == "backward"])[chunk]
+
+    def splits(self, counts: Tensor, chunk: int) -> tuple[Rows, Rows, list[Rows] | None]:
+        first, end = self._slice(chunk)
+        leaving = [(end - first) * len(experts_of(self.wire.experts, self.wire.ranks, p)) for p in range(self.wire.ranks)]
+        own = leaving[self.wire.group.rank()]
+        return leaving, [own] * self.wire.ranks, [leaving] * self.wire.ranks if self.wire.wants_all_rows else None
+
+    # -------------------------------------------------------------------------------------------- this rank's tokens
+
+    def queue(self, ids: Tensor) -> Tensor:
+        """[T, K]: the place of every slot among those of its expert; C for slots outside [0, E)."""
+        _, offsets, position = self.route(ids, self.wire.experts)
+        start = offsets.long()[ids.long().clamp(0, self.wire.experts - 1)]
+        return torch.where(position < 0, self.capacity, position - start)
+
+    def route_places(self, ids: Tensor, queue: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`route` of the slots with a place in this chunk."""
+        first, end = self._slice(chunk)
+        mine = torch.where((queue >= first) & (queue < end), ids.long(), -1)
+        order, offsets, position = self.route(mine, self.wire.experts)
+        return _filled(order, offsets, self.wire.experts * (end - first)), offsets, position
+
     @staticmethod
-    def pick(values: Tensor, index: Tensor) -> Tensor:
-        """Some rows of what all chunks of forward saved."""
-        return values.index_select(0, index)
+    def outside(ids: Tensor, experts: int) -> Tensor:
+        """[T, K]: -1 for slots that are no expert's, else 0."""
+        return -((ids < 0) | (ids >= experts)).long()
+
+    def pad(self, rows: Tensor, offsets: Tensor, chunk: int) -> Tensor:
+        """[E * c, W] of rows [R, W] in the order of experts: c places for every expert."""
+        first, end = self._slice(chunk)
+        place = offsets[:-1].long().unsqueeze(1) + torch.arange(end - first, device=rows.device)  # [E, c]
+        if rows.shape[0] == 0:
+            return rows.new_zeros(place.numel(), rows.shape[1])
+        return rows.index_select(0, place.reshape(-1).clamp_(max=rows.shape[0] - 1))
+
+    def unpad(self, padded: Tensor, order: Tensor, offsets: Tensor, chunk: int) -> Tensor:
+        """The reverse: rows [R, W], as many as the order has."""
+        first, end = self._slice(chunk)
+        row, edges = torch.arange(order.numel(), device=padded.device), offsets.long()
+        expert = torch.searchsorted(edges[1:].contiguous(), row, right=True).clamp_(max=self.wire.experts - 1)
+        place = (row - edges[expert]).clamp_(max=max(0, end - first - 1))
+        return padded.index_select(0, expert * (end - first) + place)
+
+    # -------------------------------------------------------------------------------------------- what arrives
+
+    def regroup(self, counts: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """order [R], offsets [e+1], position [P * e * c, 1] that bring places by (source rank, expert) into the order of
+        experts; -1 for places without a row."""
+        first, end = self._slice(chunk)
+        held = len(self.wire.held)
+        place = torch.arange(first, end, device=counts.device)
+        expert = torch.arange(held, device=counts.device).view(1, held, 1)
+        owner = torch.where(place < counts.unsqueeze(2), expert, held).reshape(-1, 1)  # [P * e * c, 1]
+        order, offsets, position = self.route(owner, held)
+        return _filled(order, offsets, order.numel()), offsets, position
+
+    def regroup_picked(
+        self, counts: Tensor, rposition_all: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As `Counted.regroup_picked`."""
+        order, offsets, position = self.regroup(counts, chunk)
+        held, ranks = len(self.wire.held), self.wire.ranks
+        place = torch.arange(*self._slice(chunk), device=counts.device)
+        _, start, size = _chunk_of(place, self.capacity, self.degrees[0])  # of forward's chunk that has the place
+        cell = torch.arange(ranks * held, device=counts.device).unsqueeze(1)  # (source rank, expert)
+        number = ranks * held * start + cell * size + place - start  # [P * e, c]
+        arrived = number.reshape(-1).index_select(0, order)
+        return order, offsets, position, arrived, rposition_all.index_select(0, arrived).clamp_(min=0)
+
+    # -------------------------------------------------------------------------------------------- all chunks of forward
+
+    def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
+        """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""
+        rows, result = 0, torch.full_like(positions[0], -1)
+        for chunk, position in enumerate(positions):
+            result = torch.where(position < 0, result, position + rows)
+            first, end = self._slice(chunk, "forward")
+            rows += _rows(position, self.wire.experts * (end - first))
+        return result
+
+    def arrived_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
+        """[sum of P * e * c]: the row, among those of all chunks in the order of experts, of every place; -1 without one."""
+        rows, result = 0, []
+        for position in positions:
+            result.append(torch.where(position < 0, -1, position + rows).squeeze(1))
+            rows += _rows(position, position.numel())
+        return torch.cat(result)
+
+    def pick_own(self, h_all: Tensor, position_all: Tensor, order: Tensor, counts: Tensor, chunk: int) -> Tensor:
+        """Of the results of all chunks those of one chunk of backward, in its own order."""
+        return h_all.index_select(0, position_all.reshape(-1).index_select(0, order).clamp_(min=0))
 
 
-def _chunk_of(ids: Tensor, degree: int) -> Tensor:
-    """[T]: the chunk of each token, as `chunk_bounds` cuts."""
-    tokens = ids.shape[0]
-    base, more = divmod(tokens, degree)
-    token = torch.arange(tokens, device=ids.device)
+def _filled(order: Tensor, offsets: Tensor, places: int) -> Tensor:
+    """What is kept of an order: on CUDA as many as there can be, on the CPU as many as there are."""
+    return order[: places if order.is_cuda else int(offsets[-1])]
+
+
+def _rows(position: Tensor, places: int) -> int:
+    """How many rows are kept of slots or places at these positions; see `_filled`."""
+    return min(places, position.numel()) if position.is_cuda else int((position >= 0).sum())
+
+
+def _chunk_of(number: Tensor, total: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunk of each number below `total`, as `chunk_bounds` cuts; where that begins, and its size."""
+    base, more = divmod(total, degree)
     large = more * (base + 1)
-    return torch.where(token < large, token // (base + 1), more + (token - large) // max(base, 1))
+    chunk = torch.where(number < large, number // (base + 1), more + (number - large) // max(base, 1))
+    return chunk, chunk * base + chunk.clamp(max=more), base + (chunk < more).long()
 
 
 def _exclusive(counts: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ from moefx.codegen.codecs import CODECS, codec_for
 from moefx.compiled import CompiledRegion
 from moefx.costs import Sizes
 from moefx.errors import Decline, InputError
-from moefx.exchange import ParallelRuntime, Wire, experts_of
+from moefx.exchange import Counted, Padded, Wire, experts_of
 from moefx.ir import Leaf, Region
 from moefx.leaves import LeafBinder
 from moefx.options import Options
@@ -131,7 +132,8 @@ class ParallelRegion(CompiledRegion):
     def _runtime(self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True) -> Runtime:
         ops = ops_for(device.type, self.kernels)
         kernels = self._pointwise_kernels(ops)
-        return ParallelRuntime(ops, device, kernels, keep, self.delays, self.wire, phase, self.degrees)
+        runtime = Counted if self.wire.capacity is None else Padded
+        return runtime(ops, device, kernels, keep, self.delays, self.wire, phase, self.degrees)
 
 
 class ShardedForward(RewrittenForward):
@@ -284,7 +286,7 @@ def _wire(group: dist.ProcessGroup, options: Options, device: str) -> Wire:
     made = {phase: codec_for(name, device, options.kernels) for phase, name in codecs.items() if name != "none"}
     topology = Topology.discover(group)
     rows, counts = (make_all_to_all(name, group, topology) for name in (options.all_to_all, "direct"))
-    return Wire(group, 0, rows, counts, made)
+    return Wire(group, 0, rows, counts, made, capacity=options.capacity)
 
 
 def _decide(
@@ -299,6 +301,8 @@ def _decide(
         experts=-(-region.experts // group.size()) * group.size(), ranks=group.size(),
         bytes_per_element=parameter.element_size(), matrices=_matrices(region),
     )  # fmt: skip
+    if options.capacity is not None:
+        sizes = replace(sizes, capacity_factor=options.capacity * sizes.experts / (sizes.top_k * sizes.tokens))
     codecs = {"forward": options.codec, "backward": options.backward_codec}
     width, dtype = region.d_model, parameter.dtype
     shares = {
@@ -309,7 +313,8 @@ def _decide(
     if options.timed:
         profile = _profile(parameter.device.type, group, options)
         params = {n: _piece(p, group) if n in held.stacked else p for n, p in module.named_parameters()}
-        chunk_s = chunk_seconds(region, held.region, params, replace(wire, experts=region.experts), options.kernels)
+        exact = replace(wire, experts=region.experts, capacity=None)
+        chunk_s = chunk_seconds(region, held.region, params, exact, options.kernels)
     texts: list[Any] = [None]
     if group.rank() == 0:
         first = compile_parallel(region, held.region, options, sizes, profile, shares, chunk_s=chunk_s)
@@ -400,8 +405,10 @@ def _check(
     dtype = example.dtype if any(p.dtype == example.dtype for p in module.parameters()) else parameter.dtype
     cut = _Cut(module, after.held, group)
     worst, problem = 0.0, ""
-    with probe.state_kept(module), probe.neutral(), _exactly(after):
-        for i, tokens in enumerate(probe.shapes_for(example)[:3]):
+    shapes = probe.shapes_for(example)[:3]
+    slots = region.top_k * max(math.prod(tokens) for tokens in shapes)
+    with probe.state_kept(module), probe.neutral(), _exactly(after, slots):
+        for i, tokens in enumerate(shapes):
             drawn = probe.draw(example, tokens, 100 * i + group.rank(), region.experts, dtype=dtype)
             args, kwargs = pytree.tree_map(lambda t: t.to(parameter.device) if isinstance(t, Tensor) else t, drawn)
             expected = verify.run_once(lambda a, k: before(*a, **k), module, args, kwargs, True)
@@ -426,12 +433,13 @@ def _check(
 
 
 @contextlib.contextmanager
-def _exactly(forward: ShardedForward) -> Iterator[None]:
-    """Without what codecs lose: every codec of the plans is replaced by the one that changes nothing."""
+def _exactly(forward: ShardedForward, rows: int) -> Iterator[None]:
+    """Without what codecs lose, and with room for `rows` where there is a capacity: the user's is for the user's batches."""
     regions = [v.compiled for v in forward.variants.values() if isinstance(v, Variant)]
     wires = [region.wire for region in regions]
     for region in regions:
-        region.wire = replace(region.wire, codecs=dict.fromkeys(region.wire.codecs, CODECS["none"]))
+        wire = replace(region.wire, codecs=dict.fromkeys(region.wire.codecs, CODECS["none"]))
+        region.wire = wire if wire.capacity is None else replace(wire, capacity=rows)
     try:
         yield
     finally:

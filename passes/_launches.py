@@ -25,7 +25,8 @@ PROLOGUE, EPILOGUE = "prologue", "join"
 class Chunk:
     """Builds the launches of one chunk, task by task. `_` as an out is a value that nobody needs.
 
-    renamed: other names for some values, and `tasks` for some kinds of launches, where one plan holds two regions.
+    renamed: other names for some values, and `tasks` for some kinds of launches, where one plan holds two regions. whole: values
+    that all chunks share.
     """
 
     region: Region
@@ -35,10 +36,11 @@ class Chunk:
     launches: dict[str, list[Launch]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     tasks: Mapping[str, str] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
 
     def name(self, base: str) -> str:
         base = self.renamed.get(base, base)
-        return base if self.degree == 1 else f"{base}_{self.chunk}"
+        return base if self.degree == 1 or base in self.whole else f"{base}_{self.chunk}"
 
     def names(self, bases: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.name(b) for b in bases)
@@ -51,7 +53,7 @@ class Chunk:
     def slices(self, kind: str, tensors: Iterable[str]) -> None:
         """This chunk's tokens of whole tensors."""
         if self.degree > 1:
-            for tensor in tensors:
+            for tensor in (t for t in tensors if t not in self.whole):
                 self.launch(kind, "slice", (tensor,), (tensor, self.chunk))
 
     def gather(self, kind: str) -> None:

@@ -2,7 +2,7 @@
 
 Each rank does this, for its own T tokens and the E_local experts it holds; names of chunk c end in `_c`:
 
-    sent, received                 how many rows go to and come from every rank, for all chunks of both phases: one exchange
+    counts                         how many rows go to and come from every rank, for all chunks of both phases: one exchange
     encode: order offsets position of the tokens' slots, rows = the tokens in the order of experts, so also of ranks
     A1: a1, then arrive: rx        the rows that came for the experts here, ordered by source rank and expert
     E:  rorder roffsets rposition  order of rx by expert; v{i} as in `lower`, for a region of E_local experts and K = 1;
@@ -16,6 +16,10 @@ exchange begins in its task on the lane of its link, and `arrive` waits for it w
 events.
 
 Backward may have another degree. Its chunks then pick their rows out of what all chunks of forward saved: `*_all`.
+
+With a capacity (`padded`) every expert has places for C rows from each rank, and a chunk is a part of those places instead of
+the tokens: x, ids, w are whole, `queue` says which place a slot has, `pad` puts rows into places before they leave and `unpad`
+takes them out when they are back, and the results of the chunks are added.
 """
 
 from __future__ import annotations
@@ -48,38 +52,52 @@ from moefx.segments import x_value
 
 # Values of the rows that arrive, beside those of the tokens.
 ARRIVED = {"x": "rx", "order": "rorder", "offsets": "roffsets", "position": "rposition"}
-COUNTS = ("sent", "received")  # on the CPU: no stream holds them
-ROW_SIZED = r"[vgs]\d|rows|wire\d|got\d|rx|ry|h(_|$)|gr|rgy|rgx|gxr|a\d"
+COUNTS = "counts"  # made, and where they are on a GPU read, by the lane HOME alone
+WHOLE = frozenset(("x", "ids", "w", "gy"))
+ROW_SIZED = r"[vgs]\d|rows|wire\d|got\d|rx|ry|h(_|$)|gr|rgy|rgx|gxr|a\d|p(rows|gr|h|gxr)(_|$)"
 
 
 class _Pair:
     """The launches of one chunk: `tokens` are those of the rank's own tokens, `rows` of what arrives for its experts."""
 
-    def __init__(self, region: Region, local: Region, chunk: int, degree: int, codec: bool) -> None:
+    def __init__(self, region: Region, local: Region, chunk: int, degree: int, codec: bool, padded: bool) -> None:
         launches: dict[str, list[Launch]] = {}
-        self.region, self.codec = region, codec
+        self.region, self.codec, self.padded = region, codec, padded
         kinds = dict.fromkeys(("dispatch", "experts", "d_combine", "d_experts", "d_dispatch"), "E") | {"w_experts": "W"}
-        self.tokens = Chunk(region, chunk, degree, launches=launches)
+        self.tokens = Chunk(region, chunk, degree, launches=launches, whole=WHOLE if padded else frozenset())
         self.rows = Chunk(local, chunk, degree, one_lane=True, launches=launches, renamed=ARRIVED, tasks=kinds)
 
     @property
     def launches(self) -> dict[str, list[Launch]]:
         return self.tokens.launches
 
+    def route(self) -> None:
+        """The slots of the chunk by expert."""
+        op, of_chunk = ("route_places", ("queue", self.tokens.chunk)) if self.padded else ("route", (self.region.experts,))
+        self.tokens.launch("encode", op, ("order", "offsets", "position"), (self.tokens.name("ids"), *of_chunk))
+
     def exchange(self, number: int, value: str, result: str, width: int) -> None:
         """`value` goes to the experts (exchange 1) or back to the tokens (2), and arrives as `result`."""
-        chunk, wire = self.tokens, value
+        chunk, arrived = self.tokens, result
+        if self.padded and number == 1:
+            chunk.launch("encode", "pad", (f"p{value}",), (*chunk.names((value, "offsets")), chunk.chunk))
+            value = f"p{value}"
+        elif self.padded:
+            arrived = f"p{result}"
+        wire = value
         if self.codec:
             wire = f"wire{number}"
             chunk.launch(f"C{number}", "encode", (wire,), (chunk.name(value),))
         op = "to_experts" if number == 1 else "to_tokens"
-        chunk.launch(f"A{number}", op, (f"a{number}",), (chunk.name(wire), "sent", "received", chunk.chunk))
+        chunk.launch(f"A{number}", op, (f"a{number}",), (chunk.name(wire), COUNTS, chunk.chunk))
         if self.codec:
             chunk.launch(f"D{number}", "arrive", (f"got{number}",), (chunk.name(f"a{number}"),))
             args = (chunk.name(f"got{number}"), width, f"{chunk.name(value)}.dtype")
-            chunk.launch(f"D{number}", "decode", (result,), args)
+            chunk.launch(f"D{number}", "decode", (arrived,), args)
         else:
-            chunk.launch("E" if number == 1 else "decode", "arrive", (result,), (chunk.name(f"a{number}"),))
+            chunk.launch("E" if number == 1 else "decode", "arrive", (arrived,), (chunk.name(f"a{number}"),))
+        if arrived != result:
+            chunk.launch("decode", "unpad", (result,), (*chunk.names((arrived, "order", "offsets")), chunk.chunk))
 
 
 def _saved_of_pair(pair: _Pair) -> tuple[str, ...]:
@@ -90,12 +108,12 @@ def _saved_of_pair(pair: _Pair) -> tuple[str, ...]:
 def _forward(pair: _Pair) -> None:
     region, tokens = pair.region, pair.tokens
     tokens.slices("encode", ("x", "ids", "w"))
-    tokens.launch("encode", "route", ("order", "offsets", "position"), (tokens.name("ids"), region.experts))
+    pair.route()
     w = tokens.name("w") if region.weight_position == "input" else None
     args = (tokens.name("x"), tokens.name("order"), region.top_k, tokens.name("offsets"), w)
     tokens.launch("encode", "gather_rows", ("rows",), args)
     pair.exchange(1, "rows", "rx", region.d_model)
-    tokens.launch("E", "regroup", ("rorder", "roffsets", "rposition"), ("received", tokens.chunk))
+    tokens.launch("E", "regroup", ("rorder", "roffsets", "rposition"), (COUNTS, tokens.chunk))
     experts_forward(pair.rows)
     made = tokens.name(f"v{result_of(region)}")
     tokens.launch("E", "combine", ("ry",), (made, tokens.name("rposition"), None, f"{made}.dtype"))
@@ -103,7 +121,7 @@ def _forward(pair: _Pair) -> None:
     w = tokens.name("w") if needs_h(region) else None
     out = "routed" if region.identity else "y"
     tokens.launch("decode", "combine", (out,), (*tokens.names(("h", "position")), w, "x.dtype"))
-    if region.identity:
+    if region.identity and not pair.padded:
         tokens.launch("decode", "identity_add", ("y",), tokens.names(("routed", "x", "position", "w")))
 
 
@@ -114,11 +132,11 @@ def _backward(pair: _Pair, picks: bool) -> None:
     gradients = Gradients(rows, consumers(rows.region))
     tokens.slices("encode", ("gy", "x", "w", *(["ids"] if picks else [])))
     if picks:
-        tokens.launch("encode", "route", ("order", "offsets", "position"), (tokens.name("ids"), region.experts))
+        pair.route()
     args: tuple[Any, ...]
     if needs_h(region):
         if picks:
-            args = ("h_all", "position_all", tokens.name("order"), "sent", tokens.chunk)
+            args = ("h_all", "position_all", tokens.name("order"), COUNTS, tokens.chunk)
             tokens.launch("encode", "pick_own", ("h",), args)
         gw = "gw_h" if region.identity else "gw"
         args = tokens.names(("gy", "h", "order", "position", "offsets", "w"))
@@ -131,7 +149,7 @@ def _backward(pair: _Pair, picks: bool) -> None:
     order, position = ("gorder", "gposition") if picks else ("rorder", "rposition")
     if picks:
         outs = ("gorder", "roffsets", "gposition", "rorder", "rindex")
-        tokens.launch("E", "regroup_picked", outs, ("received", "rorder_all", tokens.chunk))
+        tokens.launch("E", "regroup_picked", outs, (COUNTS, "arrived_all", tokens.chunk))
         for name in saved_of_chunk(rows.region):
             if name.startswith("v"):
                 tokens.launch("E", "pick", (name,), (f"{name}_all", tokens.name("rindex")))
@@ -150,34 +168,64 @@ def _backward(pair: _Pair, picks: bool) -> None:
     w = tokens.name("w") if region.weight_position == "input" else None
     args = (*tokens.names(("gxr", "x", "position", "order", "offsets")), w)
     tokens.launch("decode", "rows_backward", (gx, "_" if w is None else gw), args)
-    if region.identity:
+    if region.identity and not pair.padded:
         args = tokens.names(("gy", "x", "position", "w"))
         tokens.launch("decode", "identity_backward", ("gx_id", "gw_id"), args)
         tokens.launch("decode", "add", ("gx",), tokens.names(("gx_rows", "gx_id")))
         tokens.launch("decode", "add", ("gw",), tokens.names(("gw_h", "gw_id")))
 
 
-def _prologue(region: Region, local: Region, forward_degree: int) -> list[Launch]:
+def _prologue(region: Region, local: Region, forward_degree: int, padded: bool) -> list[Launch]:
     """What all chunks of forward saved, each kind in one piece."""
-    chunks = [_Pair(region, local, c, forward_degree, False) for c in range(forward_degree)]
+    chunks = [_Pair(region, local, c, forward_degree, False, padded) for c in range(forward_degree)]
     bases = [*(["h"] if needs_h(region) else []), "rx", *(n for n in saved_of_chunk(local) if n.startswith("v"))]
     launches = [
         Launch(PROLOGUE, HOME, "cat", (f"{base}_all",), tuple(f"f_{pair.tokens.name(base)}" for pair in chunks))
         for base in bases
     ]
-    parts = [tuple(f"f_{pair.tokens.name(base)}" for pair in chunks) for base in ("position", "rorder")]
-    launches.append(Launch(PROLOGUE, HOME, "rows_of_all", ("position_all",), ("sent", parts[0])))
-    launches.append(Launch(PROLOGUE, HOME, "arrived_of_all", ("rorder_all",), ("received", parts[1])))
+    arrived = "rposition" if padded else "rorder"
+    parts = [tuple(f"f_{pair.tokens.name(base)}" for pair in chunks) for base in ("position", arrived)]
+    launches.append(Launch(PROLOGUE, HOME, "rows_of_all", ("position_all",), (COUNTS, parts[0])))
+    launches.append(Launch(PROLOGUE, HOME, "arrived_of_all", ("arrived_all",), (COUNTS, parts[1])))
+    return [Launch(PROLOGUE, HOME, "queue", ("queue",), ("ids",)), *launches] if padded else launches
+
+
+def _epilogue(region: Region, phase: str, degree: int, padded: bool) -> list[Launch]:
+    """The results of all chunks put together: those of their tokens, or, where they share the tokens, sums."""
+
+    def launch(op: str, outs: tuple[str, ...], args: tuple[Any, ...]) -> Launch:
+        return Launch(EPILOGUE, HOME, op, outs, args)
+
+    apart = region.identity and padded
+    whole, rest = (("y",), ("routed",)) if phase == "forward" else (("gx", "gw"), ("gx_rows", "gw_h"))
+    outputs: tuple[str, ...] = rest if apart else whole
+    launches = [launch("join", (), ())]
+    if degree > 1:
+        parts = [tuple(f"{out}_{c}" for c in range(degree)) for out in outputs]
+        launches += [launch("add" if padded else "cat", (out,), args) for out, args in zip(outputs, parts)]
+    if apart:
+        launches.append(launch("outside", ("outside",), ("ids", region.experts)))
+        if phase == "forward":
+            launches.append(launch("identity_add", ("y",), ("routed", "x", "outside", "w")))
+        else:
+            launches.append(launch("identity_backward", ("gx_id", "gw_id"), ("gy", "x", "outside", "w")))
+            launches += [launch("add", (g,), parts) for g, parts in (("gx", ("gx_rows", "gx_id")), ("gw", ("gw_h", "gw_id")))]
     return launches
 
 
 def lower_parallel(
-    region: Region, local: Region, graph: TaskGraph, schedule: Schedule, forward_degree: int, codec: bool = False
+    region: Region,
+    local: Region,
+    graph: TaskGraph,
+    schedule: Schedule,
+    forward_degree: int,
+    codec: bool = False,
+    padded: bool = False,
 ) -> Plan:
     """The plan of one phase of `region`, whose experts are spread over ranks; graph: of `partition.expert_parallel`.
 
     local: the region of this rank's experts, with K = 1 and without weights. forward_degree: that of the forward plan, which
-    saves what a backward plan reads. codec: what is exchanged is encoded, and the graph has tasks for it.
+    saves what a backward plan reads. codec: what is exchanged is encoded, and the graph has tasks for it. padded: with a capacity.
     """
     known = {"encode", "C1", "A1", "D1", "E", "W", "C2", "A2", "D2", "decode"}
     if strange := [t.name for t in graph.tasks if t.name.rpartition("_")[0] not in known]:
@@ -186,7 +234,7 @@ def lower_parallel(
     picks = not forward and graph.degree != forward_degree
     by_task: dict[str, list[Launch]] = {}
     for c in range(graph.degree):
-        pair = _Pair(region, local, c, graph.degree, codec)
+        pair = _Pair(region, local, c, graph.degree, codec, padded)
         if forward:
             _forward(pair)
         else:
@@ -204,27 +252,25 @@ def lower_parallel(
         for x in with_events(launches, graph, schedule)
     ]
     if forward:
-        launches.insert(0, Launch(PROLOGUE, HOME, "counts", COUNTS, ("ids",)))
+        queue = [Launch(PROLOGUE, HOME, "queue", ("queue",), ("ids",))] if padded else []
+        launches = [*queue, Launch(PROLOGUE, HOME, "counts", (COUNTS,), ("ids",)), *launches]
     elif picks:
-        launches = _prologue(region, local, forward_degree) + launches
+        launches = _prologue(region, local, forward_degree, padded) + launches
     outputs = ("y",) if forward else ("gx", "gw")
-    launches.append(Launch(EPILOGUE, HOME, "join", (), ()))
-    if graph.degree > 1:
-        parts = [tuple(f"{out}_{c}" for c in range(graph.degree)) for out in outputs]
-        launches += [Launch(EPILOGUE, HOME, "cat", (out,), args) for out, args in zip(outputs, parts)]
+    launches += _epilogue(region, graph.phase, graph.degree, padded)
     if not forward:
         launches = guarded(launches)
-    kept = saved_values(region, local, forward_degree)
+    kept = saved_values(region, local, forward_degree, padded)
     saved = kept if forward else ()
     keep = {*outputs, *saved}
     launches = [
-        replace(x, uses=tuple(v for v in x.uses if not _is_pending(v) and v not in COUNTS)) for x in with_uses(launches, keep)
+        replace(x, uses=tuple(v for v in x.uses if not _is_pending(v) and v != COUNTS)) for x in with_uses(launches, keep)
     ]
     launches = with_frees(launches, keep, ROW_SIZED)
     leaves = tuple(f"leaf{i}" for i in range(len(region.leaves)))
     inputs = ("x", "ids", "w", *leaves)
     if not forward:
-        common = ("x", "ids", "w", *COUNTS)
+        common = ("x", "ids", "w", COUNTS)
         kept = (*common, *(f"f_{v}" for v in kept[len(common) :])) if picks else kept
         inputs = (*kept, "gy", *leaves, *(f"d{leaf}" for leaf in leaves))
     lanes = tuple(lane for lane, _ in schedule.lanes)
@@ -233,10 +279,10 @@ def lower_parallel(
     return plan
 
 
-def saved_values(region: Region, local: Region, forward_degree: int) -> tuple[str, ...]:
+def saved_values(region: Region, local: Region, forward_degree: int, padded: bool = False) -> tuple[str, ...]:
     """What the forward plan leaves for the backward plan, in order."""
-    pairs = [_Pair(region, local, c, forward_degree, False) for c in range(forward_degree)]
-    return ("x", "ids", "w", *COUNTS, *(name for pair in pairs for name in _saved_of_pair(pair)))
+    pairs = [_Pair(region, local, c, forward_degree, False, padded) for c in range(forward_degree)]
+    return ("x", "ids", "w", COUNTS, *(name for pair in pairs for name in _saved_of_pair(pair)))
 
 
 def _is_pending(value: str) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import regions
 import torch
@@ -23,19 +21,28 @@ def local(region: Region) -> Region:
     return holding(region, {name: torch.empty(shape) for name, shape in shapes.items()}, 3, 0).region
 
 
-def plan(phase: str, degree: int, forward_degree: int, codec: bool = False, **changes: object) -> Plan:
+def plan(
+    phase: str, degree: int, forward_degree: int, codec: bool = False, padded: bool = False, **changes: object
+) -> Plan:
     region = simplify(regions.region("swiglu_fused", **changes))
     graph = expert_parallel(degree, phase, Layout(codec=codec))  # type: ignore[arg-type]
-    return lower_parallel(region, local(region), graph, schedule(graph, "fifo"), forward_degree, codec)
+    return lower_parallel(region, local(region), graph, schedule(graph, "fifo"), forward_degree, codec, padded)
 
 
 @pytest.mark.parametrize(
-    ("phase", "degree", "forward_degree", "codec"),
-    [("forward", 2, 2, False), ("backward", 2, 2, False), ("backward", 2, 1, False), ("forward", 1, 1, True)],
+    ("phase", "degree", "forward_degree", "kind"),
+    [
+        ("forward", 2, 2, ""),
+        ("backward", 2, 2, ""),
+        ("backward", 2, 1, ""),
+        ("forward", 1, 1, "codec"),
+        ("forward", 2, 2, "padded"),
+        ("backward", 2, 1, "padded"),
+    ],
 )
-def test_golden(golden, phase: str, degree: int, forward_degree: int, codec: bool) -> None:
-    name = f"lower_parallel_{phase}_r{degree}_of_{forward_degree}{'_codec' if codec else ''}"
-    golden(name, str(plan(phase, degree, forward_degree, codec)))
+def test_golden(golden, phase: str, degree: int, forward_degree: int, kind: str) -> None:
+    name = f"lower_parallel_{phase}_r{degree}_of_{forward_degree}{f'_{kind}' if kind else ''}"
+    golden(name, str(plan(phase, degree, forward_degree, kind == "codec", kind == "padded")))
 
 
 def test_golden_source(golden) -> None:
@@ -49,16 +56,17 @@ def test_exchanges_begin_before_the_compute_that_does_not_need_them() -> None:
     assert tasks.index("A1_1") < tasks.index("E_0") < tasks.index("A2_0") < tasks.index("E_1")
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("identity", [False, True])
 @pytest.mark.parametrize("position", ["output", "input"])
-def test_backward_reads_what_forward_saves(position: str, identity: bool) -> None:
-    changes = {"weight_position": position, "identity": identity}
+def test_backward_reads_what_forward_saves(position: str, identity: bool, padded: bool) -> None:
+    changes = {"weight_position": position, "identity": identity, "padded": padded}
     forward = plan("forward", 3, 3, **changes)
     for degree in (3, 2):
         inputs = plan("backward", degree, 3, **changes).inputs
         assert len(forward.saved) == inputs.index("gy")
-    region = replace(simplify(regions.region("swiglu_fused", **changes)))
-    assert forward.saved == saved_values(region, local(region), 3)
+    region = simplify(regions.region("swiglu_fused", weight_position=position, identity=identity))
+    assert forward.saved == saved_values(region, local(region), 3, padded)
     assert any(name.startswith("h_") for name in forward.saved) == (position == "output")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from moefx.codegen.all_to_all import Hierarchical
 from moefx.models import BLOCKS, TinyMoELM
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -41,7 +44,8 @@ def gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor |
     """Logits, and gradients for fixed random cotangents."""
     model.zero_grad(set_to_none=True)
     y = model(ids)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype).to(y.device))
+    gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype)
+    y.backward(gy.pin_memory().to(y.device, non_blocking=True) if y.is_cuda else gy)
     return y.detach(), {n: p.grad for n, p in model.named_parameters()}
 
 
@@ -108,6 +112,33 @@ def test_models_equal_one_process(name: str, ranks: int) -> None:
 def test_degrees(forward: int, backward: int) -> None:
     """Forward and backward are cut apart, into uneven chunks and chunks without tokens."""
     assert_exact(run_ranks(2, compare, "mixtral", {"degree": forward, "backward_degree": backward}, {"experts": 6}))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "forward", "backward"),
+    [("mixtral", 2, 3, 3), ("switch", 3, 2, 3), ("deepseek", 2, 4, 1), ("gpt_oss", 3, 1, 2)],
+)
+def test_capacity(name: str, ranks: int, forward: int, backward: int) -> None:
+    """Static splits: places in which there may be no row, chunks of places, ranks with other numbers of tokens."""
+    options = {"degree": forward, "backward_degree": backward, "capacity": 64}
+    assert_exact(run_ranks(ranks, compare, name, options, {"experts": 7 if name == "mixtral" else 8}))
+
+
+def over_capacity() -> tuple[str, float]:
+    """Rank 1 has more tokens than there are places. Then, with fewer, all is well."""
+    original = language_model("switch", layers=1, experts=4, capacity_factor=2.0)
+    model = copy.deepcopy(original)
+    options = moefx.Options(degree=2, policy="fifo", capacity=8)
+    moefx.optimize(model, (batch(0),), options, mesh=dist.group.WORLD)
+    text = message(lambda: model(torch.full((1, 40 if dist.get_rank() else 4), 3)))
+    few = torch.full((1, 8), 3)
+    return text, relative(model(few), original(few))
+
+
+def test_a_capacity_that_is_exceeded_is_an_error_on_all_ranks() -> None:
+    for text, error in run_ranks(2, over_capacity):
+        assert text.startswith("layers.0.block: rank 1 has 20 rows for one expert, and capacity=8 is too few"), text
+        assert error < EXACT
 
 
 def test_one_rank() -> None:
@@ -396,18 +427,18 @@ def test_all_to_alls(all_to_all: str) -> None:
 
 
 def on_two_nodes(all_to_all: str) -> dict[str, float]:
-    import os
-
+    """Counts of rows are exchanged once, by the plan: no algorithm asks for them again."""
     os.environ["MOEFX_NODE"] = str(dist.get_rank() // 2)
-    return compare("mixtral", {"degree": 2, "all_to_all": all_to_all}, {"experts": 8})
+    Hierarchical._counts = None  # type: ignore[assignment,method-assign]
+    errors = compare("mixtral", {"degree": 2, "all_to_all": all_to_all}, {"experts": 8})
+    padded = compare("mixtral", {"degree": 2, "all_to_all": all_to_all, "capacity": 64}, {"experts": 8}, layers=1)
+    return {**errors, **{f"{what} with a capacity": error for what, error in padded.items()}}
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
 
 def with_a_dead_rank(phase: str) -> str:
-    import os
-
     model = language_model("mixtral", layers=2, experts=6)
     ids = batch(0)
     moefx.optimize(model, (ids,), moefx.Options(degree=2, policy="fifo"), mesh=dist.group.WORLD)
@@ -497,6 +528,16 @@ def test_fsdp(kind: str) -> None:
 # ------------------------------------------------------------------------------------------------ on a GPU
 
 
+@contextlib.contextmanager
+def nothing_read(checked: bool) -> Iterator[None]:
+    """With a capacity the host never waits for the device: torch raises where it does."""
+    torch.cuda.set_sync_debug_mode("error" if checked else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def on_a_gpu(options: dict[str, Any]) -> dict[str, float]:
     """NCCL with itself: lanes are streams, kernels are Triton's; against the plan of one rank, under random delays."""
     torch.cuda.set_device(0)
@@ -518,7 +559,8 @@ def on_a_gpu(options: dict[str, Any]) -> dict[str, float]:
             forward = rewritten(module)
             for variant in forward.variants.values() if forward else ():
                 variant.compiled.delays = delay  # type: ignore[union-attr]
-        y, mine = gradients(model, ids)
+        with nothing_read("capacity" in options):
+            y, mine = gradients(model, ids)
         z, reference = gradients(original, ids)
         errors = {"logits": relative(y, z)}
         for name, g in reference.items():
@@ -531,10 +573,11 @@ def on_a_gpu(options: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("codec", ["none", "int8"])
+@pytest.mark.parametrize(("codec", "capacity"), [("none", None), ("int8", None), ("none", 301)])
 @pytest.mark.parametrize(("forward", "backward"), [(1, 1), (3, 3), (3, 2)])
-def test_streams(forward: int, backward: int, codec: str) -> None:
+def test_streams(forward: int, backward: int, codec: str, capacity: int | None) -> None:
     options: dict[str, Any] = {"degree": forward, "backward_degree": backward}
+    options |= {"capacity": capacity} if capacity else {}
     options |= {"codec": codec, "backward_codec": codec} if codec != "none" else {}
     (errors,) = run_ranks(1, on_a_gpu, options, backend="nccl", timeout_s=180)
     assert max(errors.values()) < (1e-4 if codec == "none" else 0.05), errors
