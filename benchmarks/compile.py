@@ -1,22 +1,30 @@
 """A Qwen3-MoE model of a few layers under torch.compile: moefx against Transformers.   python benchmarks/compile.py
 
 Per row: tokens/s of a training step (forward + backward) and of prefill (forward without gradients), the median of rounds in
-which every row has its turn; seconds from the first call to the first result, cold (empty caches) and warm (a new start of
-Dynamo with the caches that the first one filled), training and prefill together; the share of this machine's matmul ceiling,
-measured in the same run, that the useful FLOPs of training reach. All rows share one set of weights.
+which every row has its turn; the share of this machine's matmul ceiling, measured in the same run, that the useful FLOPs of
+training reach; the peak of allocated GPU memory in a training step, weights and gradients included; seconds from a new model
+to its first training step and its first prefill, optimising and compiling included: "cold" in a process of its own with empty
+caches, "warm" in this process with the caches that the cold one filled. All rows share one set of weights, and a row whose
+loss is not that of the first is a failure, as is a row of moefx in which not every block is replaced.
 
---toy: small sizes in float32 on the CPU, to see that it runs.
+--quick: fewer layers and rounds. --toy: small sizes in float32 on the CPU, to see that it runs. $OUT, if set, is a folder
+that gets the table, the numbers (compile.json) and what moefx.explain says.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import moefx
+from moefx.backend import moefx as backend
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,14 @@ class Row:
     compile: dict[str, Any] | None = None
 
 
-ROWS = {
+ROWS = {  # the one that compiles longest comes last
     "hf eager": Row("eager"),
     "hf grouped_mm": Row("grouped_mm"),
-    "hf grouped_mm, compile": Row("grouped_mm", compile={}),
-    "hf grouped_mm, compile max-autotune": Row("grouped_mm", compile={"mode": "max-autotune-no-cudagraphs"}),
     "moefx.optimize": Row("grouped_mm", optimize=True),
+    "hf grouped_mm, compile": Row("grouped_mm", compile={}),
     "moefx.optimize, compile": Row("grouped_mm", optimize=True, compile={}),
     "backend moefx": Row("grouped_mm", compile={"backend": "moefx"}),
+    "hf grouped_mm, compile max-autotune": Row("grouped_mm", compile={"mode": "max-autotune-no-cudagraphs"}),
 }
 
 
@@ -57,16 +66,19 @@ TOY = {
     "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
 }  # fmt: skip
+LOSS = 1e-2  # relative difference of a row's loss from the first row's; in bfloat16 some tokens choose other experts
 
 
 @dataclass
 class Result:
-    """Seconds; `failed` says why a row has none."""
+    """Seconds and bytes, one of each round; `failed` says why a row has none. None: not measured."""
 
-    cold_s: float = 0.0
-    warm_s: float = 0.0
+    cold_s: float | None = None
+    warm_s: float | None = None
+    loss: float | None = None
     train_s: list[float] = field(default_factory=list)
     prefill_s: list[float] = field(default_factory=list)
+    peak: int = 0
     failed: str = ""
 
 
@@ -105,8 +117,10 @@ def timed(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def train(call: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]) -> None:
-    call(**inputs, labels=inputs["input_ids"]).loss.backward()
+def train(call: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    loss: Tensor = call(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    return loss.detach()
 
 
 def prefill(call: Callable[..., Any], inputs: dict[str, Any]) -> None:
@@ -118,8 +132,8 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
     """TFLOP/s of a dense product on this machine."""
     n = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times = [timed(lambda: a @ b, device) for _ in range(8)]
-    return 2 * n**3 / statistics.median(times[1:]) / 1e12
+    times = [timed(lambda: a @ b, device) for _ in range(12)]
+    return 2 * n**3 / statistics.median(times[2:]) / 1e12
 
 
 def useful_flops(model: nn.Module, tokens: int) -> float:
@@ -134,83 +148,190 @@ def useful_flops(model: nn.Module, tokens: int) -> float:
     return 6 * tokens * used
 
 
-def first_calls(model: nn.Module, row: Row, inputs: dict[str, Any], device: str) -> tuple[float, tuple[nn.Module, Any]]:
-    """Seconds until a new model of the row has trained once and read once; optimising it included."""
-    torch._dynamo.reset()
-    made: list[Any] = []
+# ------------------------------------------------------------------------------------------------ first calls
 
-    def run() -> None:
-        twin, call = share(model, row, inputs)
-        train(call, twin, inputs)
-        prefill(call, inputs)
-        made.extend((twin, call))
 
-    return timed(run, device), (made[0], made[1])
+class Model:
+    """The shared weights, one input, and the folders in which the rows keep their compiled code."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, options.device
+        self.model = build(options)
+        vocabulary = self.model.config.vocab_size  # type: ignore[union-attr]
+        ids = torch.randint(vocabulary, (options.batch, options.length), device=self.device)  # type: ignore[arg-type]
+        self.inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+
+    def first_calls(self, name: str) -> tuple[float, float, nn.Module, Callable[..., Any]]:
+        """Seconds until a new model of the row has trained once and read once; its loss, and what was made."""
+        made: list[Any] = []
+
+        def run() -> None:
+            twin, call = share(self.model, ROWS[name], self.inputs)
+            loss = train(call, self.inputs)
+            prefill(call, self.inputs)
+            made.extend((loss, twin, call))
+
+        seconds = timed(run, self.device)
+        self.model.zero_grad(set_to_none=True)
+        loss, twin, call = made
+        return seconds, float(loss), twin, call
+
+
+def use_cache(folder: Path) -> None:
+    """Compiled code of Inductor and Triton is kept in this folder from now on."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+
+
+def cold(name: str, folder: Path, arguments: list[str], seconds: float) -> float:
+    """Seconds of the row's first calls in a process of its own. Raises when it fails, or takes longer than `seconds`."""
+    command = [sys.executable, __file__, *arguments, "--rows", name, "--first-calls", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def check(name: str, model: nn.Module, call: Any, text: list[str]) -> None:
+    """Raises when moefx has not replaced every block of the row."""
+    row = ROWS[name]
+    if not row.optimize and (row.compile or {}).get("backend") != "moefx":
+        return
+    report = moefx.explain(call)
+    text.append(f"{name}\n{report}\n")
+    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    found = [len(report.found)] if row.optimize else [len(graph.found) for graph in report.graphs]
+    if not found or any(count != layers for count in found):
+        raise RuntimeError(f"{found} blocks replaced, of {layers}")
+
+
+# ------------------------------------------------------------------------------------------------ the table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--budget", type=float, default=270.0, help="seconds after which no row is begun any more")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--first-calls", type=Path, help=argparse.SUPPRESS)  # what the cold processes do
     options = parser.parse_args()
+    start = time.perf_counter()
     if not options.toy and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU; --toy runs small sizes on the CPU")
     options.device, options.dtype = ("cpu", torch.float32) if options.toy else ("cuda", torch.bfloat16)
     if options.toy:
         options.layers, options.batch, options.length = min(options.layers, 2), 2, 64
-    device, model = options.device, build(options)
-    ids = torch.randint(model.config.vocab_size, (options.batch, options.length), device=device)  # type: ignore[union-attr]
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if options.quick:
+        options.layers, options.rounds = min(options.layers, 2), min(options.rounds, 5)
+    if "moefx" not in torch._dynamo.list_backends(exclude_tags=()):  # a checkout that is not installed
+        torch._dynamo.register_backend(backend, name="moefx")
+    torch._dynamo.config.recompile_limit = 64  # rows share the code of one class, and each has graphs of its own
+    if options.first_calls:
+        use_cache(options.first_calls)
+        print(Model(options).first_calls(options.rows[0])[0])
+        return
+    arguments = [a for a in ("--toy", "--quick") if getattr(options, a[2:])]
+    arguments += [f"--{n}={getattr(options, n)}" for n in ("layers", "batch", "length")]
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, arguments, Path(folder), start + options.budget)
+
+
+def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end: float) -> None:
+    made = Model(options)
     results = {name: Result() for name in options.rows}
-    calls: dict[str, tuple[nn.Module, Any]] = {}
-    for name, result in results.items():
+    calls: dict[str, Callable[..., Any]] = {}
+    explained: list[str] = []
+
+    def fail(name: str, error: BaseException) -> None:
+        traceback.print_exception(error, limit=-6)
+        lines = str(error).strip().splitlines() or [""]
+        results[name].failed = f"{type(error).__name__}: {lines[0][:100]}"
+        calls.pop(name, None)
+        made.model.zero_grad(set_to_none=True)
+
+    for i, (name, result) in enumerate(results.items()):
+        left = end - time.perf_counter()
+        if left < 0:
+            result.failed = "not begun: the time was over"
+            continue
+        caches = folder / str(i)
+        if ROWS[name].compile is not None or ROWS[name].optimize:
+            try:
+                result.cold_s = cold(name, caches, arguments, left)
+            except Exception as error:  # noqa: BLE001 - the row may still run, and the others must
+                print(f"{name}: no cold time: {str(error)[-300:]}", flush=True)
+        use_cache(caches)
         try:
-            from torch._inductor.utils import fresh_cache
-
-            with fresh_cache():
-                result.cold_s, _ = first_calls(model, ROWS[name], inputs, device)
-                result.warm_s, calls[name] = first_calls(model, ROWS[name], inputs, device)
+            result.warm_s, result.loss, twin, calls[name] = made.first_calls(name)
+            check(name, twin, calls[name], explained)
         except Exception as error:  # noqa: BLE001 - a peer that cannot run is a row of the table
-            result.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-        print(f"{name}: first calls {result.cold_s:.1f} s cold, {result.warm_s:.1f} s warm {result.failed}", flush=True)
+            fail(name, error)
+        print(f"{name}: first calls {seconds(result.cold_s)} s cold, {seconds(result.warm_s)} s warm {result.failed}", flush=True)
+    reference = next((r.loss for r in results.values() if r.loss is not None), 0.0)
+    for name, result in results.items():
+        if result.loss is not None and abs(result.loss - reference) > LOSS * abs(reference):
+            fail(name, RuntimeError(f"the loss is {result.loss:.5f} instead of {reference:.5f}"))
     for turn in range(options.rounds + 1):
-        for name, (twin, call) in calls.items():
-            model.zero_grad(set_to_none=True)
-            step = timed(lambda: train(call, twin, inputs), device)  # noqa: B023
-            model.zero_grad(set_to_none=True)
-            read = timed(lambda: prefill(call, inputs), device)  # noqa: B023
-            if turn:
-                results[name].train_s.append(step)
-                results[name].prefill_s.append(read)
-    text = table(results, useful_flops(model, ids.numel()), ids, matmul_ceiling(device, options.dtype))
+        for name, call in list(calls.items()):
+            try:
+                one_turn(made, call, results[name], counts=turn > 0)
+            except Exception as error:  # noqa: BLE001
+                fail(name, error)
+    write(options, made, results, explained)
+
+
+def one_turn(made: Model, call: Callable[..., Any], result: Result, counts: bool) -> None:
+    made.model.zero_grad(set_to_none=True)
+    if made.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = timed(lambda: train(call, made.inputs), made.device)
+    peak = torch.cuda.max_memory_allocated() if made.device == "cuda" else 0
+    made.model.zero_grad(set_to_none=True)
+    read = timed(lambda: prefill(call, made.inputs), made.device)
+    if counts:
+        result.train_s.append(step)
+        result.prefill_s.append(read)
+        result.peak = max(result.peak, peak)
+
+
+def write(options: argparse.Namespace, made: Model, results: dict[str, Result], explained: list[str]) -> None:
+    ids = made.inputs["input_ids"]
+    text = table(results, useful_flops(made.model, ids.numel()), ids, options.layers, matmul_ceiling(made.device, options.dtype))
+    if out := os.environ.get("OUT"):
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "compile.md").write_text(text + "\n")
+        (folder / "compile.json").write_text(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1))
+        (folder / "explain.txt").write_text("\n".join(explained))
     print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
 
 
-def table(results: dict[str, Result], flops: float, ids: Tensor, ceiling: float) -> str:
+def table(results: dict[str, Result], flops: float, ids: Tensor, layers: int, ceiling: float) -> str:
     where = torch.cuda.get_device_name() if ids.is_cuda else "CPU"
     batch, length = ids.shape
     lines = [
-        f"{where}, torch {torch.__version__}, {batch} x {length} tokens; matmul ceiling {ceiling:.3g} TFLOP/s",
+        f"{where}, torch {torch.__version__}, {layers} layers, {batch} x {length} tokens; matmul ceiling {ceiling:.3g} TFLOP/s",
         "",
-        "| row | training tokens/s | of ceiling | prefill tokens/s | first calls cold s | warm s |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| row | training tokens/s | of ceiling | prefill tokens/s | peak GiB | first calls cold s | warm s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, r in results.items():
-        if r.failed:
-            lines.append(f"| {name} | {r.failed} | | | | |")
+        if r.failed or not r.train_s:
+            lines.append(f"| {name} | {r.failed} | | | | {seconds(r.cold_s)} | {seconds(r.warm_s)} |")
             continue
         step, read = statistics.median(r.train_s), statistics.median(r.prefill_s)
-        share_of = f"{flops / step / 1e12 / ceiling:.0%}"
-        speeds = f"{ids.numel() / step:.0f} | {share_of} | {ids.numel() / read:.0f}"
-        lines.append(f"| {name} | {speeds} | {r.cold_s:.1f} | {r.warm_s:.1f} |")
+        speeds = f"{ids.numel() / step:.0f} | {flops / step / 1e12 / ceiling:.0%} | {ids.numel() / read:.0f}"
+        lines.append(f"| {name} | {speeds} | {r.peak / 2**30:.1f} | {seconds(r.cold_s)} | {seconds(r.warm_s)} |")
     return "\n".join(lines)
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":

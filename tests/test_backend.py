@@ -2,7 +2,7 @@
 
 As a script it compiles the tiny families of Transformers and prints one line each:
 
-    python tests/test_backend.py [--entrance backend|optimize|none] [--impl grouped_mm|batched_mm|eager] [--inner aot_eager] [family ...]
+    python tests/test_backend.py [--entrance backend|optimize|none] [--impl NAME] [--inner NAME] [family ...]
 """
 
 from __future__ import annotations
