@@ -51,7 +51,7 @@ from moefx.trace import precision
 log = logging.getLogger(__name__)
 find_log = logging.getLogger("moefx.passes.find")
 
-MAX_UNLINKED = 256  # hypotheses of one part, most of which may be about values that no node holds: few tokens allow many
+MAX_POSSIBLE = 64  # hypotheses of one part, with those that no change of the graph could follow; few tokens allow many
 MAX_PARTS = 64  # of different structure that are analysed in one graph
 INNER = "inductor"
 BROKEN = (
@@ -337,11 +337,11 @@ class _Analysis:
             try:
                 tried = 0
                 hypotheses = _hypotheses(self.twin, *inputs, near, all_reached=more < 16)
-                for hypothesis in itertools.islice(hypotheses, MAX_UNLINKED):
+                for hypothesis in itertools.islice(hypotheses, MAX_POSSIBLE):
                     try:
-                        roles, record = self._roles(hypothesis)
+                        change = self._change(hypothesis)
                         tried += 1
-                        return self._realise(hypothesis, roles, record)
+                        return self._verified(hypothesis, change)
                     except Decline as reason:
                         find_log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
                         reasons.append(reason)
@@ -354,15 +354,9 @@ class _Analysis:
                 self.twin.listener = None
         raise _best_reason(reasons, near, _line(self.part.nodes[0]))
 
-    def _realise(self, hypothesis: Hypothesis, roles: Roles, record: Record) -> Found:
-        """The hypothesis as a change of the part, verified; Decline when it is refuted."""
-        listener, self.twin.listener = self.twin.listener, None
-        try:
-            return self._verified(hypothesis, roles, record)
-        finally:
-            self.twin.listener = listener
-
-    def _verified(self, hypothesis: Hypothesis, roles: Roles, record: Record) -> Found:
+    def _change(self, hypothesis: Hypothesis) -> Change:
+        """What a hypothesis changes in the part; Decline when that cannot be."""
+        roles, record = self._roles(hypothesis)
         compiled = compile_region(hypothesis.region, self.options.chunks, self.options.kernels)
         by_name = {f"p{i}": n for i, n in enumerate(self.part.params)}
         theta = tuple(by_name[name] for name in compiled.binder.names)
@@ -372,19 +366,27 @@ class _Analysis:
         self._check_others(dead, theta)
         have, want = value_of(roles.x).dtype, value_of(roles.combined[0]).dtype
         call = Routed(compiled, hypothesis.routing, leading, None if have == want else want)
-        arguments = (*needed, like, *theta)
-        change = Change(roles.after, roles.combined, arguments, call, dead)
+        return Change(roles.after, roles.combined, (*needed, like, *theta), call, dead)
+
+    def _verified(self, hypothesis: Hypothesis, change: Change) -> Found:
+        """The change, if the part is the same with it, forward and backward; Decline when it is not."""
+        call: Routed = change.call  # type: ignore[assignment]
+        compiled = call.compiled
         lowest = precision([v.tensor for v in hypothesis.trace.values])
         probed = hypothesis.x.tensor.dtype, hypothesis.combined.tensor.dtype  # autocast is none of the probe's
-        on_probe = Routed(compiled, call.routing, leading, None if probed[0] == probed[1] else probed[1])
+        on_probe = Routed(compiled, call.routing, call.leading, None if probed[0] == probed[1] else probed[1])
         probing = replace(change, call=on_probe)
         run = lambda a, k: self.twin.run(a, probing)  # noqa: E731
         sizes = [size for n in self.part.inputs for size in value_of(n).shape]
         fixed = all(isinstance(size, int) for size in sizes)
-        errors = verify.verify(
-            self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=True, fixed=fixed
-        )
-        errors["device"] = self._on_device(change, lowest)
+        listener, self.twin.listener = self.twin.listener, None
+        try:
+            errors = verify.verify(
+                self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=True, fixed=fixed
+            )
+            errors["device"] = self._on_device(change, lowest)
+        finally:
+            self.twin.listener = listener
         return Found(self.part, change, call, hypothesis, compiled, errors)
 
     def _roles(self, hypothesis: Hypothesis) -> tuple[Roles, Record]:
