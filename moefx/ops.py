@@ -104,7 +104,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _grouped_mm_takes(rows, weight):
         return torch.nn.functional.grouped_mm(rows, weight, offs=offsets[1:])
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    for e, a, b in _bounds(offsets):
+    for e, a, b in _bounds(offsets) if rows.shape[0] else ():
         torch.mm(rows[a:b], weight[e], out=out[a:b])
     return out
 
@@ -207,6 +207,21 @@ def _slot_products(tokens: Tensor, rows: Tensor, order: Tensor, position: Tensor
     return result.view(position.shape)
 
 
+def slot_rows(w: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """[R, 1]: the routing weight of each row's slot, w [T, K]."""
+    return w.reshape(-1).index_select(0, order[: _rows_held(offsets, order.numel())]).unsqueeze(1)
+
+
+def slot_products(a: Tensor, b: Tensor, order: Tensor, offsets: Tensor, w: Tensor) -> Tensor:
+    """p like w [T, K]: for each slot <a[r], b[r]> of its row r, zero for slots without one; a, b [R, n]."""
+    wide = _sum_dtype(torch.promote_types(a.dtype, b.dtype))
+    products = (a.to(wide) * b.to(wide)).sum(1)
+    held = torch.arange(products.numel(), device=order.device) < offsets[-1]
+    result = products.new_zeros(order.numel())
+    result[order[: products.numel()]] = products.where(held, 0)
+    return result.view(w.shape).to(w.dtype)
+
+
 # ------------------------------------------------------------------------------------------------ identity experts
 
 
@@ -241,6 +256,8 @@ OPS: dict[str, Callable[..., object]] = {
         expert_sum,
         combine,
         combine_backward,
+        slot_rows,
+        slot_products,
         identity_add,
         identity_backward,
     )

@@ -2,9 +2,10 @@
 
     moefx.optimize(model, example_inputs, mesh=mesh["ep"])
 
-Rank p of P holds experts p*m to (p+1)*m - 1, m = ceil(E / P). A parameter that stacks experts becomes a DTensor sharded on
-dim 0; of experts that are modules of their own, a rank keeps the parameters of its own, the same objects, and those of the
-others are None. So state_dict and torch.distributed.checkpoint save and load at another P, or into the model as it was.
+Rank p of P holds experts p*m to (p+1)*m - 1, m = ceil(E / P), the last ones fewer or none. A parameter that stacks experts
+becomes a DTensor sharded on dim 0; of experts that are modules of their own, a rank keeps the parameters of its own, the same
+objects, and those of the others are None. So state_dict and torch.distributed.checkpoint save and load at another P, or into
+the model as it was.
 
 Each rank has its own batch. A parameter's gradient is that of the sum of all ranks' losses where experts are concerned, and
 of the rank's own loss elsewhere; `sync_gradients` turns both into those of the mean. Nothing is averaged over experts.
@@ -40,7 +41,7 @@ from moefx.costs import Sizes
 from moefx.errors import Decline, InputError
 from moefx.exchange import Counted, Padded, Wire, experts_of
 from moefx.ir import Leaf, Region
-from moefx.leaves import LeafBinder
+from moefx.leaves import LeafBinder, LeafGradients
 from moefx.options import Options
 from moefx.profile import Profile, cache_path, device_name
 from moefx.report import FoundBlock, Report
@@ -57,41 +58,80 @@ MANY = 8  # chunks of a plan that shows what a chunk costs
 
 @dataclass(frozen=True)
 class Holding:
-    """What a rank holds of a region: stacked parameters to cut on dim 0, and parameters that are others' own."""
+    """What a rank holds of a region: stacked parameters to cut on dim 0, parameters that are others' own, and those that all
+    experts share, of which every rank has a copy."""
 
     region: Region
     stacked: tuple[str, ...]
     elsewhere: tuple[str, ...]
+    shared: tuple[str, ...]
+
+    @property
+    def own(self) -> frozenset[str]:
+        """The parameters of which this rank alone has a part, empty where it holds no experts."""
+        here = {n for leaf in self.region.leaves for n in leaf.params if n not in self.shared}
+        return frozenset(here.union(self.stacked))
+
+
+@dataclass(frozen=True)
+class Absent(Leaf):
+    """A leaf on a rank without experts, of what dtype and device they are elsewhere. part: the parameter, if it is here, cut
+    to nothing or shared. trained: elsewhere, so that all ranks have a backward to run."""
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    part: str = ""
+    trained: bool = False
+
+
+class NoExperts(LeafBinder):
+    """Leaves of no expert, [0, ...], so that a rank without experts runs the plan of all. Gradients of what it has are zero."""
+
+    def __init__(self, leaves: tuple[Leaf, ...]) -> None:
+        self.leaves, self.groups, self.loose = leaves, (), ()
+        self.absent = [leaf for leaf in leaves if isinstance(leaf, Absent)]
+        self.names = tuple(dict.fromkeys(leaf.part for leaf in self.absent if leaf.part))
+
+    def bind(self, params: dict[str, Tensor], may_pack: bool = True) -> tuple[list[Tensor], list[str]]:
+        here = [params[leaf.part] if leaf.part else leaf for leaf in self.absent]  # they move with the model
+        sizes = [(0, *(leaf.shape or (1,))) for leaf in self.absent]
+        return [torch.empty(size, dtype=at.dtype, device=at.device) for size, at in zip(sizes, here)], []
+
+    def gradients(self, params: dict[str, Tensor], wanted: set[str]) -> LeafGradients:
+        result = LeafGradients([None] * len(self.leaves), [], [])
+        for name in self.names:
+            if name in wanted:
+                result.blocks.append(((name,), torch.zeros_like(params[name]).unsqueeze(0)))
+        return result
 
 
 def holding(region: Region, params: Mapping[str, Tensor], ranks: int, rank: int) -> Holding:
     """This rank's experts as a region of their own (K = 1, without weights). InputError where they cannot be spread."""
     experts = region.experts
-    if len(experts_of(experts, ranks, ranks - 1)) == 0:
-        fit = [p for p in range(1, experts + 1) if len(experts_of(experts, p, p - 1))]
-        raise InputError(
-            f"{experts} experts in pieces of {-(-experts // ranks)} leave the last of {ranks} ranks without any; "
-            f"possible numbers of ranks: {', '.join(map(str, fit))}"
-        )
     held = experts_of(experts, ranks, rank)
-    stacked, elsewhere, leaves = dict[str, None](), dict[str, None](), []
+    stacked, elsewhere, shared, leaves = dict[str, None](), dict[str, None](), dict[str, None](), list[Leaf]()
     for i, leaf in enumerate(region.leaves):
+        name, here, offsets = leaf.params[0], range(held.start, held.stop), leaf.offsets
         if leaf.shared:
-            leaves.append(replace(leaf, params=leaf.params[: len(held)], offsets=leaf.offsets[: len(held)]))
+            shared[name] = None
+            here = range(len(held))
         elif leaf.stacked:
-            step = _expert_size(i, leaf, params[leaf.params[0]], ranks)
-            stacked[leaf.params[0]] = None
-            offsets = tuple(leaf.offsets[e] - held.start * step for e in held)
-            leaves.append(replace(leaf, params=leaf.params[: len(held)], offsets=offsets))
+            step = _expert_size(i, leaf, params[name], ranks)
+            stacked[name] = None
+            offsets = tuple(offset - held.start * step for offset in offsets)
         else:
             elsewhere.update(dict.fromkeys(leaf.params[e] for e in range(experts) if e not in held))
-            leaves.append(replace(leaf, params=leaf.params[held.start : held.stop], offsets=leaf.offsets[held.start : held.stop]))
+        local = replace(leaf, params=tuple(leaf.params[e] for e in here), offsets=tuple(offsets[e] for e in here))
+        if not held:
+            at, part = params[name], name if leaf.shared or leaf.stacked else ""
+            local = Absent(leaf.shape, leaf.strides, (), (), leaf.read_as, at.dtype, at.device, part, at.requires_grad)
+        leaves.append(local)
     if tied := [name for leaf in leaves for name in leaf.params if name in elsewhere]:
         raise InputError(f"experts of several ranks use the parameter {tied[0]}: it cannot be spread")
-    local = replace(
+    local_region = replace(
         region, experts=len(held), top_k=1, leaves=tuple(leaves), weight_position="none", identity=False
     )  # fmt: skip
-    return Holding(local, tuple(stacked), tuple(elsewhere))
+    return Holding(local_region, tuple(stacked), tuple(elsewhere), tuple(shared))
 
 
 def _expert_size(i: int, leaf: Leaf, param: Tensor, ranks: int) -> int:
@@ -119,7 +159,9 @@ class ParallelRegion(CompiledRegion):
     def __init__(self, region: Region, local: Region, plans: ParallelPlans, kernels: str, wire: Wire) -> None:
         super().__init__(region, plans.graphs, plans.schedules, plans.plans, plans.emitted, kernels)
         self.held, self.wire = local, wire
-        self.binder = LeafBinder(local.leaves)
+        self.binder = LeafBinder(local.leaves) if local.experts else NoExperts(local.leaves)
+        if not local.experts:
+            self.kernels = "torch"  # nothing to compute
 
     @property
     def degrees(self) -> Degrees:
@@ -127,6 +169,8 @@ class ParallelRegion(CompiledRegion):
 
     def __call__(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in params.items()}
+        if torch.is_grad_enabled() and any(isinstance(leaf, Absent) and leaf.trained for leaf in self.held.leaves):
+            w = w if w.requires_grad else w.detach().requires_grad_()  # not x: its gradients travel, or not, on all ranks
         return super().__call__(x, ids, w, local)
 
     def _runtime(self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True) -> Runtime:
@@ -184,7 +228,7 @@ class ShardedForward(RewrittenForward):
                 about = [None if mine is None else (mine.shape, mine.dtype, mine.requires_grad)]
                 dist.broadcast_object_list(about, dist.get_global_rank(group, source), group)
                 shape, dtype, trained = about[0]  # type: ignore[misc]
-                device = next(p for p in self.module.parameters()).device
+                device = self.mesh.device_type
                 value = torch.empty(shape, dtype=dtype, device=device) if mine is None else mine.detach()
                 dist.broadcast(value, dist.get_global_rank(group, source), group)
                 if mine is None:
@@ -460,12 +504,7 @@ class _Cut:
 
     def __init__(self, module: nn.Module, held: Holding, group: dist.ProcessGroup) -> None:
         self.module, self.held, self.group = module, held, group
-        shared = {n for leaf in held.region.leaves if leaf.shared for n in leaf.params}
-        names = dict(module.named_parameters())
-        self.replicated = {n for n in names if n in shared or n not in held.stacked and not self._is_own(n)}
-
-    def _is_own(self, name: str) -> bool:
-        return name in self.held.elsewhere or any(name in leaf.params for leaf in self.held.region.leaves)
+        self.replicated = {n for n, _ in module.named_parameters() if n not in held.own and n not in held.elsewhere}
 
     def run(self, after: ShardedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         whole = {name: _owner(self.module, name) for name in self.held.stacked}
@@ -505,7 +544,7 @@ def _shard(module: nn.Module, held: Holding, mesh: DeviceMesh) -> None:
         owner._parameters[attribute] = None
     # parameters that were views of one buffer of all experts: each keeps its own part alone
     for leaf in held.region.leaves:
-        for p in (module.get_parameter(name) for name in leaf.params if not leaf.shared and name not in held.stacked):
+        for p in (module.get_parameter(name) for name in leaf.params if name in held.own and name not in held.stacked):
             if p.untyped_storage().nbytes() > p.numel() * p.element_size():
                 p.data = p.data.clone()
 
@@ -513,7 +552,8 @@ def _shard(module: nn.Module, held: Holding, mesh: DeviceMesh) -> None:
 def _rewrite_report(report: Report, found: FoundBlock, compiled: ParallelRegion, held: Holding, mesh: DeviceMesh) -> None:
     rank, ranks = mesh.get_local_rank(), mesh.size()
     experts = experts_of(compiled.region.experts, ranks, rank)
-    note = f"experts {experts.start} to {experts.stop - 1} of {compiled.region.experts} on rank {rank} of {ranks}"
+    which = f"experts {experts.start} to {experts.stop - 1}" if experts else "none"
+    note = f"{which} of {compiled.region.experts} {'' if experts else 'experts '}on rank {rank} of {ranks}"
     changed = replace(
         found,
         partition="\n".join(map(str, compiled.graphs)),
@@ -532,7 +572,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, module in model.named_modules():
         forward = rewritten(module)
         if isinstance(forward, ShardedForward):
-            own = {n for leaf in forward.held.region.leaves if not leaf.shared for n in leaf.params}
+            own = forward.held.own
             yield from ((f"{name}.{n}".lstrip("."), p) for n, p in module.named_parameters() if n in own)
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 import moefx
 from moefx.block import rewritten
 from moefx.exchange import experts_of
-from moefx.parallel import expert_parameters
+from moefx.parallel import expert_parameters, sync_gradients
 
 VOCAB, WIDTH = 64, 16
 EXACT = 1e-10  # float64
@@ -211,18 +211,84 @@ def test_ranks_that_differ_are_told(what: str, named: str) -> None:
         assert f"ranks 0 and 1 differ in {named}" in text
 
 
-def too_many_ranks() -> str:
-    model = language_model("mixtral", layers=1, experts=5)
-    ids = batch(0)
-    text = message(lambda: moefx.optimize(model, (ids,), moefx.Options(degree=1), mesh=dist.group.WORLD))
-    assert not any(rewritten(module) for module in model.modules()), "the model is as it was"
-    return text
+FEW = ["mixtral", "switch", "gpt_oss"]  # stacked; modules; interleaved with biases
 
 
-def test_a_rank_without_experts_is_refused() -> None:
-    for text in run_ranks(4, too_many_ranks):
-        assert "leave the last of 4 ranks without any" in text
-        assert "possible numbers of ranks: 1, 2, 3, 5" in text
+@pytest.mark.parametrize("name", FEW)
+def test_ranks_without_experts(name: str) -> None:
+    """Three experts on four ranks, and five, of which the last rank gets none."""
+    options = {"degree": 2, "backward_degree": 3 if name == "switch" else 2, "capacity": 64 if name == "gpt_oss" else None}
+    for experts in (3, 5):
+        assert_exact(run_ranks(4, compare, name, options, {"experts": experts}, 1))
+
+
+class OneScale(nn.Module):
+    """Top-1 experts, modules of their own, that share a scale between their products; the router is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3, bias=False).requires_grad_(False)
+        self.experts = nn.ModuleList(nn.ModuleList([nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)]) for _ in range(3))
+        self.scale = nn.Parameter(torch.rand(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for e, (up, down) in enumerate(self.experts):
+            if (mine := chosen == e).any():
+                y[mine] = down(up(x[mine]).relu() * self.scale) * weight[mine, None]
+        return y
+
+
+def one_scale() -> dict[str, float]:
+    """Inputs without gradients: a rank without experts takes part in backward all the same."""
+    torch.manual_seed(0)
+    original = OneScale().double()
+    model = copy.deepcopy(original)
+    x = torch.randn(11 + dist.get_rank(), WIDTH, dtype=torch.float64)
+    moefx.optimize(model, (x,), moefx.Options(policy="fifo", degree=2), mesh=dist.group.WORLD)
+    assert len(moefx.explain(model).found) == 1, moefx.explain(model)
+    for m in (original, model):
+        m(x).square().sum().backward()
+    sync_gradients(model, dist.group.WORLD)
+    errors = {}
+    for name, p in original.named_parameters():
+        if p.requires_grad:
+            total = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(total)
+            mine = dict(model.named_parameters()).get(name)
+            if mine is not None:
+                errors[name] = relative(mine.grad * dist.get_world_size(), total)  # type: ignore[operator]
+    return errors
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_parameter_that_all_experts_share(ranks: int) -> None:
+    """On ranks with two experts, with one and with none."""
+    results = run_ranks(ranks, one_scale)
+    assert all("scale" in errors for errors in results)
+    assert_exact(results)
+
+
+def restored_without_experts(name: str) -> tuple[str, bool]:
+    """The model is whole again, and the gradients of `sync_gradients` are there for parameters that are cut to nothing."""
+    original = language_model(name, layers=1, experts=3)
+    model = copy.deepcopy(original)
+    ids = batch(dist.get_rank())
+    moefx.optimize(model, (ids,), moefx.Options(policy="fifo", degree=1), mesh=dist.group.WORLD)
+    gradients(model, ids)
+    sync_gradients(model, dist.group.WORLD)
+    (found,) = moefx.explain(model).found
+    moefx.restore(model)
+    state = original.state_dict()
+    return found.notes[-1], all(torch.equal(value, state[n]) for n, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_rank_without_experts_restores(name: str) -> None:
+    notes, equal = zip(*run_ranks(4, restored_without_experts, name))
+    assert all(equal)
+    assert notes[2] == "experts 2 to 2 of 3 on rank 2 of 4" and notes[3] == "none of 3 experts on rank 3 of 4"
 
 
 def restored() -> float:
@@ -468,8 +534,6 @@ def test_a_lost_rank_is_named(phase: str) -> None:
 
 def data_parallel(kind: str) -> dict[str, float]:
     """Gradients under DistributedDataParallel against those of `sync_gradients`."""
-    from moefx.parallel import sync_gradients
-
     ids = batch(dist.get_rank())
     options = moefx.Options(degree=2, policy="fifo")
     models = [moefx.optimize(language_model(kind), (ids,), options, mesh=dist.group.WORLD) for _ in range(2)]
@@ -497,8 +561,6 @@ def test_distributed_data_parallel(kind: str) -> None:
 def fully_sharded(kind: str) -> dict[str, float]:
     """FSDP2 around a model with experts on ranks: the experts are its ignored parameters."""
     from torch.distributed.fsdp import fully_shard
-
-    from moefx.parallel import sync_gradients
 
     ids = batch(dist.get_rank())
     options = moefx.Options(degree=2, policy="fifo")
