@@ -112,9 +112,10 @@ class Bench:
             traceback.print_exc()
             problem = " ".join(f"{type(error).__name__}: {error}".split())[:200].replace("|", "/")
         problems = self.problems(key, problem)
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+        if problems or time.time() - began > 2:  # not after each of a hundred small rows
+            gc.collect()
+            if self.cuda:
+                torch.cuda.empty_cache()
         if problems:
             cells = {"result": problems[0]}
             if not problems[0].startswith("out of memory"):
@@ -247,7 +248,7 @@ class Spread:
         named = {"forward": options.codec, "backward": options.backward_codec}
         codecs = {phase: codec_for(name, self.bench.device.type) for phase, name in named.items() if name != "none"}
         rows, counts = (exchange_of(n, self.bench.group, self.topology) for n in (options.all_to_all, "direct"))
-        return Wire(self.bench.group, self.layer.experts, rows, counts, codecs)
+        return Wire(self.bench.group, self.layer.experts, rows, counts, codecs, capacity=options.capacity)
 
     def plan(self, options: Any, tokens: int) -> tuple[Any, tuple[Any, Any]]:
         """The region as these options have it, and the timelines that the cost model promises (None without a profile)."""
@@ -260,6 +261,9 @@ class Spread:
             max(1, tokens), layer.top_k, width, layer.d_expert, wire.most * wire.ranks, wire.ranks,
             bytes_per_element=self.dtype.itemsize,
         )  # fmt: skip
+        if options.capacity is not None:
+            factor = options.capacity * sizes.experts / (sizes.top_k * sizes.tokens)
+            sizes = replace(sizes, capacity_factor=factor)
         profile = self.profile if options.timed else None
         args = (self.region, self.held.region, options, sizes, profile, shares)
         mine = compile_parallel(*args, chunk_s=self.chunk_s or {})
@@ -318,9 +322,11 @@ class Case:
     degrees: tuple[int, int]
     codec: str = "none"
     all_to_all: str = "direct"
+    capacity: bool = False
 
     def __str__(self) -> str:
         more = [text for text in (self.codec, self.all_to_all) if text not in ("none", "direct")]
+        more += ["capacity"] if self.capacity else []
         return ", ".join([self.data, f"r={self.degrees[0]}/{self.degrees[1]}", *more])
 
 
@@ -339,6 +345,10 @@ def cases() -> Iterator[Case]:
     for name in (name for name in ALL_TO_ALLS if name in ("hierarchical", "pipe")):
         yield from (Case(data, (4, 2), all_to_all=name) for data in ROUTINGS)
         yield Case("random", (4, 4), "int8", name)
+        yield Case("random", (4, 2), all_to_all=name, capacity=True)
+    for data in ROUTINGS:
+        yield from (Case(data, degrees, capacity=True) for degrees in ((1, 1), (4, 4), (4, 2)))
+    yield Case("random", (4, 4), "int8", capacity=True)
 
 
 def routed(bench: Bench, layer: Layer, data: str, dtype: Any) -> Batch:
@@ -449,13 +459,16 @@ class Checks:
         """The cells of one case."""
         bench, spread, params = self.bench, self.spread, self.spread.params
         batch, reference = self.reference(case.data)
-        region, _ = spread.plan(options_of(case), len(batch.x))
+        options = options_of(case)
+        if case.capacity:
+            options = replace(options, capacity=most_rows(bench, self.layer, batch))
+        region, _ = spread.plan(options, len(batch.x))
         got = outcome(region, params, batch)
         errors, lossy = reference.errors(got), 4 * codec_error(bench, case.codec, self.dtype)
         bars = {n: max(1.5 * e, LEAST_ERROR[self.short]) + lossy for n, e in reference.one_rank.items()}
         passed = all(errors[n] <= bars[n] for n in errors)
         if case.all_to_all != "direct":  # the same bits
-            direct, _ = spread.plan(options_of(replace(case, all_to_all="direct")), len(batch.x))
+            direct, _ = spread.plan(replace(options, all_to_all="direct"), len(batch.x))
             passed &= equal(got, outcome(direct, params, batch))
         different, delayed = delays(bench, region, params, batch, got, 3)
         worst = max(errors, key=lambda n: errors[n] / bars[n])
@@ -476,6 +489,12 @@ def correctness(bench: Bench) -> None:
                 continue
             name = f"{checks.short}, {case}"
             bench.row("correctness", name, partial(checks.check, case, name))
+
+
+def most_rows(bench: Bench, layer: Layer, batch: Batch) -> int:
+    """The most rows that an expert gets from one rank: a capacity that no rank exceeds."""
+    of_expert = [int((batch.ids == expert).sum()) for expert in range(layer.experts)]
+    return max(1, *bench.gathered(max(of_expert)))
 
 
 def options_of(case: Case) -> Any:

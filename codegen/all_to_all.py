@@ -184,12 +184,15 @@ def timeout_s(group: dist.ProcessGroup) -> float:
 
 @dataclass
 class Arriving:
-    """Rows that messages bring to their places in `rows`."""
+    """Rows that messages bring to their places in `rows`. own: behind it this rank's own rows are in theirs, on CUDA."""
 
     rows: Tensor
     messages: Sequence[Messages | dist.Work]
+    own: torch.cuda.Event | None = None
 
     def wait(self) -> Tensor:
+        if self.own is not None:
+            torch.cuda.current_stream(self.rows.device).wait_event(self.own)
         for messages in self.messages:
             messages.wait()
         return self.rows
@@ -250,10 +253,12 @@ class Pipe:
     ) -> Pending:
         check_rows(self.group, send, sent_rows, received_rows)
         rows, sends, receives = in_place(self.group, send, sent_rows, received_rows)
+        # Where no message goes to or from other ranks, nothing else would tell that the own rows have been copied.
+        own = torch.cuda.current_stream(send.device).record_event() if send.is_cuda else None
         tag = next_tag(self.group)
         between = Messages(self.group, self._outside(sends), self._outside(receives), tag)
         within = Messages(self._near, self._inside(sends), self._inside(receives), tag)
-        return Arriving(rows, [within, between])
+        return Arriving(rows, [within, between], own)
 
     def _outside(self, peers: Peers) -> Peers:
         return {peer: rows for peer, rows in peers.items() if peer not in self._mates}
