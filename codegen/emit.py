@@ -233,7 +233,7 @@ def _call(x: Launch) -> str:
 
 
 # What the runtime calls the forms of a segment: its value, after linears, its gradient.
-_ACT_FORMS = {"": "act", "linear": "linear_act", "vjp": "act_vjp"}
+_ACT_FORMS = {"": "act", "linear": "linear_act", "vjp": "act_vjp", "weighted_vjp": "act_weighted_vjp"}
 
 
 def _value(arg: Any) -> str:

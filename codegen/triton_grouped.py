@@ -8,7 +8,6 @@ nothing is tuned at run time, and the number of tokens changes no compile-time c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 import triton
@@ -16,13 +15,21 @@ import triton.language as tl
 from moefx.codegen.triton_launch import (
     check_dtypes,
     described,
+    described_rows,
     expert_tile,
+    find_tile,
+    first_tiles,
     float32_precision,
+    halves,
     interpreted,
     launch,
+    load_rows,
+    multiprocessors,
     on_device,
     power_of_2,
     row_tiles,
+    shared_bytes,
+    store_rows,
     unit_columns,
 )
 from torch import Tensor
@@ -31,6 +38,8 @@ from moefx.errors import InputError
 
 # Row tiles whose programs run near each other walk over the same columns of the weight, which stays in the L2 cache.
 GROUP = 8
+# From so many rows an expert on, at the mean, tiles of 128 rows are mostly full, and the copy engine pays.
+MANY_ROWS = 65
 
 # ------------------------------------------------------------------------------------------------ tiles
 
@@ -78,18 +87,12 @@ def choose_tile(
     return tile
 
 
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-
-
 def tile_for(rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1) -> Tile:
     """`choose_tile` for these operands; a small tile in the interpreter."""
     if interpreted():
         return Tile(32, 32, 32, 4, 1)
     precision = float32_precision()
-    return choose_tile(rows.dtype, precision, -(-total_rows // experts), columns, _shared_bytes(rows.device), products)
+    return choose_tile(rows.dtype, precision, -(-total_rows // experts), columns, shared_bytes(rows.device), products)
 
 
 # ------------------------------------------------------------------------------------------------ rows @ weight
@@ -162,17 +165,22 @@ def grouped_linear_kernel(
         tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n_out))
 
 
-@triton.jit(do_not_specialize=["tiles_m"])
+@triton.jit
 def block_linear_kernel(
-    rows, weight, offsets, out, n_in, n_out, experts, tiles_m, tiles_n,
-    INNER_LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
+    rows, weight, offsets, out, n_in, experts, tiles_n,
+    INNER_LAST: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """`grouped_linear_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I] and of weight
-    [E, O, I] if INNER_LAST, else [E, I, O]. A tile's rows past the expert's end are other experts': read, never stored."""
-    tile, tile_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP)
-    expert, row0, end = expert_tile(offsets, tile, experts, BLOCK_E, BM)
-    if row0 < end:
+    """`grouped_linear_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I], of weight
+    [E, O, I] if INNER_LAST, else [E, I, O], and of out [R, O] by experts. Grid (PROGRAMS,): each makes every PROGRAMS-th
+    tile, in one flattened loop, so that the operands of a tile are on their way while the one before is finished.
+
+    A tile's rows past the expert's end are other experts': read, never stored.
+    """
+    first, tiles = first_tiles(offsets, experts, BLOCK_E, BM)
+    for t in tl.range(tl.program_id(0), tiles * tiles_n, PROGRAMS, flatten=True):
+        tile, tile_n = swizzle(t, tiles, tiles_n, GROUP)
+        expert, row0, end = find_tile(first, offsets, tile, BM)
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for i0 in range(0, n_in, BK):
             left = rows.load([row0, i0])
@@ -181,38 +189,42 @@ def block_linear_kernel(
             else:
                 right = weight.load([expert, i0, tile_n * BN]).reshape(BK, BN)
             total = tl.dot(left, right, total)
-        row = row0 + tl.arange(0, BM)
-        column = tile_n * BN + tl.arange(0, BN)[None, :]
-        target = out + row.to(tl.int64)[:, None] * n_out + column
-        tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n_out))
+        for_left, for_right = halves(total, BM, BN // 2)  # half the shared memory that one store would take
+        store_rows(out, row0, end - row0, tile_n * BN, for_left, BM, BN // 2)
+        store_rows(out, row0, end - row0, tile_n * BN + BN // 2, for_right, BM, BN // 2)
 
 
 def _launch_block_linear(rows: Tensor, weight: Tensor, offsets: Tensor, out: Tensor) -> bool:
     """The product by `block_linear_kernel`; False where it does not apply."""
     experts, inner, columns = weight.shape
-    if -(-rows.shape[0] // experts) <= 64 or columns < 128:
+    if -(-rows.shape[0] // experts) < MANY_ROWS or columns < 128:
         return False
     tile = Tile(128, 256 if columns >= 256 else 128, 64, 8, 4)
     inner_last = weight.stride(1) == 1
     block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
-    a = described(rows, (tile.rows, tile.inner))
+    a, o = described(rows, (tile.rows, tile.inner)), described_rows(out, (tile.rows, tile.columns // 2))
     b = described(weight.transpose(1, 2) if inner_last else weight, block)
-    if a is None or b is None or tile.shared_bytes(2) > _shared_bytes(rows.device):
+    if a is None or b is None or o is None or not fits(tile, rows.device):
         return False
-    tiles_m, tiles_n = row_tiles(rows.shape[0], experts, tile.rows), triton.cdiv(columns, tile.columns)
+    programs = multiprocessors(rows.device)
     with on_device(rows):
         launch(
-            block_linear_kernel, (tiles_m * tiles_n,),
-            a, b, offsets, out, inner, columns, experts, tiles_m, tiles_n, INNER_LAST=inner_last,
-            GROUP=_group(weight), BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
-            num_warps=tile.warps, num_stages=tile.stages,
+            block_linear_kernel, (programs,),
+            a, b, offsets, o, inner, experts, triton.cdiv(columns, tile.columns), INNER_LAST=inner_last,
+            GROUP=group_for(weight), PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns,
+            BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return True
 
 
-def _group(weight: Tensor) -> int:
+def fits(tile: Tile, device: torch.device) -> bool:
+    """Whether the operands' buffers of a 16-bit tile, and half a tile on its way out, have room in shared memory."""
+    return tile.shared_bytes(2) + tile.rows * tile.columns + 1024 <= shared_bytes(device)
+
+
+def group_for(weight: Tensor) -> int:
     """Row tiles that walk over the columns together: one where an expert's matrix fits the L2 cache beside the rows."""
-    return 1 if weight[0].numel() * weight.element_size() <= 1 << 22 else GROUP
+    return 1 if weight[0].numel() * weight.element_size() <= 1 << 23 else 4
 
 
 def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor, op: str) -> Tensor:
@@ -291,35 +303,32 @@ def grouped_wgrad_kernel(
 
 @triton.jit
 def block_wgrad_kernel(
-    rows, grad, offsets, out, n_in, n_out, stride_e, stride_i, stride_o, tiles_i, tiles_o,
+    rows, grad, offsets, out, tiles_i, tiles_o,
     ADD: tl.constexpr, GROUP: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """`grouped_wgrad_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I] and grad [R, O].
-
-    The last step of an expert reads rows of others as well, and masks both operands: what lies there may not be finite.
-    """
+    """`grouped_wgrad_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I] and grad [R, O] by
+    experts, whose last step is filled up with zeros, and of out [E, I, O]."""
     expert = tl.program_id(0) // (tiles_i * tiles_o)
     tile_i, tile_o = swizzle(tl.program_id(0) % (tiles_i * tiles_o), tiles_i, tiles_o, GROUP)
     start = tl.load(offsets + expert)
-    end = tl.load(offsets + expert + 1)
-    whole = start + (end - start) // BR * BR
+    count = tl.load(offsets + expert + 1) - start
     total = tl.zeros((BI, BO), dtype=tl.float32)
-    for r0 in range(start, whole, BR):
-        left = rows.load([r0, tile_i * BI])
-        right = grad.load([r0, tile_o * BO])
+    for r0 in range(0, count, BR):
+        left = load_rows(rows, start, count, r0, tile_i * BI, BR, BI)
+        right = load_rows(grad, start, count, r0, tile_o * BO, BR, BO)
         total = tl.dot(left.T, right, total)
-    if whole < end:
-        held = (whole + tl.arange(0, BR) < end)[:, None]
-        left = tl.where(held, rows.load([whole, tile_i * BI]), 0.0)
-        right = tl.where(held, grad.load([whole, tile_o * BO]), 0.0)
-        total = tl.dot(left.T, right, total)
-    i = tile_i * BI + tl.arange(0, BI)[:, None]
-    o = tile_o * BO + tl.arange(0, BO)[None, :]
-    target = out + expert.to(tl.int64) * stride_e + i.to(tl.int64) * stride_i + o.to(tl.int64) * stride_o
-    mask = (i < n_in) & (o < n_out)
+    store_part(out, expert, tile_i * BI, tile_o * BO, halves(total, BI, BO // 2), ADD, BI, BO // 2)
+
+
+@triton.jit
+def store_part(out, expert, i, o, parts, ADD: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr):
+    """Writes two parts [BI, BO] side by side into out [E, I, O]; with ADD adds them to what is there."""
+    left, right = parts
     if ADD:
-        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, total.to(out.dtype.element_ty), mask=mask)
+        left += out.load([expert, i, o]).reshape(BI, BO).to(tl.float32)
+        right += out.load([expert, i, o + BO]).reshape(BI, BO).to(tl.float32)
+    out.store([expert, i, o], left.to(out.dtype).reshape(1, BI, BO))
+    out.store([expert, i, o + BO], right.to(out.dtype).reshape(1, BI, BO))
 
 
 def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, add: bool) -> bool:
@@ -329,15 +338,18 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
         return False
     if out.stride(1) == 1 and out.stride(2) != 1:  # so that neighbouring results lie side by side in memory
         return _launch_block_wgrad(grad, rows, offsets, out.transpose(1, 2), add)
-    tile = Tile(128, 256 if columns >= 256 else 128, 64, 8, 4)
-    a, b = described(rows, (tile.inner, tile.rows)), described(grad, (tile.inner, tile.columns))
-    if a is None or b is None or tile.shared_bytes(2) > _shared_bytes(rows.device):
+    # With few rows, most of the time goes into writing: two programs a multiprocessor do it in turns.
+    few = rows.shape[0] < 512 * experts or columns < 256
+    tile = Tile(128, 128, 64, 4, 3) if few else Tile(128, 256, 64, 8, 3)
+    a, b = described_rows(rows, (tile.inner, tile.rows)), described_rows(grad, (tile.inner, tile.columns))
+    o = described(out, (1, tile.rows, tile.columns // 2))
+    if a is None or b is None or o is None or not fits(tile, rows.device):
         return False
     tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
     with on_device(rows):
         launch(
             block_wgrad_kernel, (experts * tiles_i * tiles_o,),
-            a, b, offsets, out, inner, columns, *out.stride(), tiles_i, tiles_o, ADD=add, GROUP=GROUP,
+            a, b, offsets, o, tiles_i, tiles_o, ADD=add, GROUP=GROUP,
             BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return True

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefx.errors import InputError
@@ -35,6 +36,49 @@ def expert_tile(offsets, tile, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr)
     start = tl.load(offsets + owner)
     end = tl.load(offsets + owner + 1)
     return owner, start + (tile - start // BM - owner) * BM, end
+
+
+@triton.jit
+def first_tiles(offsets, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr):
+    """(the first tile of each expert [BLOCK_E], how many there are): tiles of BM rows, none without rows."""
+    e = tl.arange(0, BLOCK_E)
+    start = tl.load(offsets + e, mask=e < experts, other=0)
+    end = tl.load(offsets + e + 1, mask=e < experts, other=0)
+    tiles = (end - start + BM - 1) // BM
+    return tl.where(e < experts, tl.cumsum(tiles, axis=0) - tiles, 1 << 30), tl.sum(tiles, axis=0)
+
+
+@triton.jit
+def find_tile(first, offsets, tile, BM: tl.constexpr):
+    """As `expert_tile`, by the table of `first_tiles`: for persistent programs, which make it once."""
+    before = first <= tile
+    expert = tl.sum(before.to(tl.int32), axis=0) - 1
+    row0 = tl.load(offsets + expert) + (tile - tl.max(tl.where(before, first, 0), axis=0)) * BM
+    return expert, row0, tl.load(offsets + expert + 1)
+
+
+@triton.jit
+def halves(block, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half [BM, BN] of a block [BM, 2 * BN]."""
+    return tl.split(tl.permute(tl.reshape(block, (BM, 2, BN)), (0, 2, 1)))
+
+
+@triton.jit
+def load_rows(rows, start, count, row, column, BM: tl.constexpr, BN: tl.constexpr):
+    """The block [BM, BN] from `row` and `column` on of the `count` rows from `start` on: zeros past their end.
+
+    rows: a descriptor of `described_rows`. The indices are those of triton.tools.ragged_tma, whose own functions the
+    interpreter does not take.
+    """
+    a, b, c = to_ragged_indices(start, count, row)
+    return rows.load([a, b, c, column]).reshape(BM, BN)
+
+
+@triton.jit
+def store_rows(out, start, count, column, block, BM: tl.constexpr, BN: tl.constexpr):
+    """Writes a block [BM, BN] over the first of the `count` rows from `start` on, and nothing past their end."""
+    a, b, c = to_ragged_indices(start, count, 0)
+    out.store([a, b, c, column], block.to(out.dtype).reshape(1, 1, BM, BN))
 
 
 def row_tiles(rows: int, experts: int, block: int) -> int:
@@ -126,20 +170,45 @@ def described(tensor: torch.Tensor, block: Sequence[int]) -> TensorDescriptor | 
     """A descriptor of the tensor for the copy engine of Hopper and later chips (TMA), which moves blocks of this shape.
 
     None where the chip, the dtype or the layout has none: 16-bit elements, the last stride 1, the address and the other
-    strides in multiples of 16 bytes, nothing empty. Blocks that reach over an edge are filled with zeros.
+    strides in multiples of 16 bytes, nothing empty. Blocks that reach over an edge are filled with zeros, and are not
+    written there.
     """
-    if not tensor.is_cuda or tensor.element_size() != 2 or not _has_copy_engine(tensor.device):
-        return None
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)) if _fits(tensor) else None
+
+
+def described_rows(rows: torch.Tensor, block: Sequence[int]) -> TensorDescriptor | None:
+    """A descriptor of rows [R, n] for `load_rows` and `store_rows`, which never touch the rows of another expert."""
+    return create_ragged_descriptor(rows, list(block)) if _fits(rows) else None
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    if tensor.element_size() != 2 or not _has_copy_engine(tensor.device):
+        return False
     *lead, last = tensor.stride()
     in_16_bytes = tensor.data_ptr() % 16 == 0 and all(s * 2 % 16 == 0 and s > 0 for s in lead)
-    if last != 1 or not in_16_bytes or 0 in tensor.shape or block[-1] * 2 < 16:
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+    return last == 1 and in_16_bytes and 0 not in tensor.shape
 
 
 @cache
 def _has_copy_engine(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return interpreted()  # which knows descriptors
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program can have."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a whole multiprocessor run at once: the grid of a persistent kernel."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def unit_columns(tensor: torch.Tensor) -> torch.Tensor:

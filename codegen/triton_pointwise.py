@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from textwrap import indent
 from typing import Any
@@ -25,8 +25,11 @@ import triton
 from moefx.codegen import triton_grouped
 from moefx.codegen.triton_launch import (
     check_dtypes,
+    described,
+    described_rows,
     float32_precision,
     launch,
+    multiprocessors,
     on_device,
     power_of_2,
     row_tiles,
@@ -328,7 +331,7 @@ import triton
 import triton.language as tl
 
 from moefx.codegen.triton_grouped import accumulate, left_rows, swizzle
-from moefx.codegen.triton_launch import expert_tile
+from moefx.codegen.triton_launch import expert_tile, find_tile, first_tiles, halves, store_rows
 from moefx.codegen.triton_rules import {functions}
 '''
 
@@ -354,6 +357,25 @@ _ROWS_OF_EXPERT = """\
     expert, row0, end = expert_tile(offsets, tl.program_id(0), experts, BLOCK_E, BM)
     row = row0 + tl.arange(0, BM)
     held = row < end"""
+
+_VJP = '''
+@triton.jit
+def {kernel}(
+{params}
+    order, w, products,
+    offsets, experts, WEIGHTED: tl.constexpr, BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):
+    """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each.
+
+    With WEIGHTED the one output is multiplied row by row by w [slots], and its gradient is that of the product: products
+    [slots, {width} / BN] is the gradient of w, column block by column block.
+    """
+{rows}
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    in_width = (column < {width})[None, :]
+    mask = held[:, None] & in_width
+    at = row.to(tl.int64)[:, None]
+{body}'''
 
 _LINEAR = '''
 @triton.jit(do_not_specialize=["tiles_m"])
@@ -388,6 +410,41 @@ def {kernel}_linear(
 {body}'''
 
 
+_BLOCK_LINEAR = '''
+@triton.jit
+def {kernel}_block(
+    rows, order,
+{params}
+    offsets, n_in, stride_r, experts, tiles_n, top_k,
+    SAVE: tl.constexpr, GATHER: tl.constexpr, INNER_LAST: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):
+    """`{kernel}_linear` for 16-bit operands that the copy engine moves: descriptors of the weights, of all results and,
+    without GATHER, of the rows. Grid (PROGRAMS,): each makes every PROGRAMS-th tile, in one flattened loop, so that the
+    operands of a tile are on their way while the one before is finished.
+    """
+    first, tiles = first_tiles(offsets, experts, BLOCK_E, BM)
+    for t in tl.range(tl.program_id(0), tiles * tiles_n, PROGRAMS, flatten=True):
+        tile, tile_n = swizzle(t, tiles, tiles_n, GROUP)
+        expert, row0, end = find_tile(first, offsets, tile, BM)
+        if GATHER:
+            row = row0 + tl.arange(0, BM)
+            a = left_rows(rows, order, row, row0, end, top_k, stride_r, True) + tl.arange(0, BK)[None, :]
+{zeros}
+        for i0 in range(0, n_in, BK):
+            if GATHER:
+                left = tl.load(a + i0)
+            else:
+                left = rows.load([row0, i0])
+{products}
+{splits}
+        if SAVE:
+{saves}
+        column = tile_n * BN + tl.arange(0, BN)
+        in_width = (column < {width})[None, :]
+{body}'''
+
+
 @dataclass(frozen=True)
 class _Sources:
     """The text of a segment's module and what its kernels take, in order."""
@@ -402,6 +459,7 @@ class _Sources:
     covered: tuple[str, ...]  # inputs whose every element is read
     products: int  # accumulators of BN columns in the kernel `..._linear`; 0: there is none
     why_not_linear: str
+    forms: tuple[str, ...]  # of each input in the kernel `..._block`: how its columns follow each other; (): there is none
 
 
 def _params(params: list[str]) -> str:
@@ -495,15 +553,23 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         kernel=name, params=_params(params + out_params), width=width, rows=rows,
         doc=f"{made} from {', '.join(inputs + leaves)}.", body=indent("\n".join(loads + values + stores), " " * 4),
     )  # fmt: skip
-    text += "\n\n" + _POINTWISE.format(
+    again, weigh = stores, []
+    if len(outputs) == 1:
+        ((i, value),) = outputs.items()
+        weigh = [*_WEIGH.format(i=i, value=value).splitlines()]
+        again = [_store(f"v{i}_out", width, "column", f"v{i}_again")]
+    text += "\n\n" + _VJP.format(
         kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
         doc=f"{made} and the gradients of {', '.join(grads) or 'nothing'}.",
-        body=indent("\n".join(loads + values + stores + g_loads + g_lines + g_stores), " " * 4),
+        body=indent("\n".join(loads + values + g_loads + weigh + again + g_lines + g_stores), " " * 4),
     )  # fmt: skip
 
     why_not = _why_not_linear(program, covered)
+    forms: tuple[str, ...] = ()
     if not why_not:
         text += "\n\n" + _linear(program, outputs, blocks, made, params[len(inputs) :] + out_params, widths)
+        forms = tuple(_form(program, s) for s in inputs)
+        text += "\n\n" + _block_linear(program, outputs, dict(zip(inputs, forms)), made, params[len(inputs) :] + out_params)
     products_count = 0 if why_not else sum(not read.leaf for read in reads)
     return _Sources(
         text + "\n",
@@ -516,7 +582,19 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         covered,
         products_count,
         why_not,
+        forms,
     )
+
+
+_WEIGH = """\
+v{i}_again = {value}
+if WEIGHTED:
+    slot = tl.load(order + row, mask=held, other=0)
+    part = tl.sum(tl.where(mask, g{i} * {value}, 0.0), axis=1)
+    tl.store(products + slot * tl.num_programs(1) + tl.program_id(1), part, mask=held)
+    scale = tl.load(w + slot, mask=held, other=0.0).to(tl.float32)[:, None]
+    v{i}_again = {value} * scale
+    g{i} = g{i} * scale"""
 
 
 def _same_gradients(
@@ -589,6 +667,74 @@ def _linear(
     )
 
 
+def _form(program: _Program, source: str) -> str:
+    """How the reads of an input divide its columns: "whole", or two of them "halves" or "pairs" (interleaved)."""
+    places = sorted(read.place for read in program.of(source))
+    return {((0, 1),): "whole", ((0, 2), (1, 2)): "pairs"}.get(tuple(places), "halves")
+
+
+# Of each form: the shape of a weight's block if the inner dimension is last and if it is not, with the place of its first
+# element; the columns of its product; how the product divides.
+_SHAPES = {
+    "whole": ("[expert, tile_n * BN, i0]", "[expert, i0, tile_n * BN]", "BN", ""),
+    "halves": ("[expert, 0, tile_n * BN, i0]", "[expert, i0, 0, tile_n * BN]", "2 * BN", "halves({name}, BM, BN)"),
+    "pairs": (
+        "[expert, tile_n * (2 * BN), i0]",
+        "[expert, i0, tile_n * (2 * BN)]",
+        "2 * BN",
+        "tl.split(tl.reshape({name}, (BM, BN, 2)))",
+    ),
+}
+
+
+def _block_linear(
+    program: _Program, outputs: dict[int, str], forms: dict[str, str], made: str, params: list[str]
+) -> str:
+    """The text of the kernel `..._block`: one product for each input, then the segment on its columns."""
+    zeros, products, splits, saves = [], [], [], []
+    for source, form in forms.items():
+        reads = sorted(program.of(source), key=lambda read: read.start)
+        last, first, columns, split = _SHAPES[form]
+        name = reads[0].name if form == "whole" else f"{source}_product"
+        zeros.append(f"{name} = tl.zeros((BM, {columns}), dtype=tl.float32)")
+        products += [
+            "if INNER_LAST:",
+            f"    right = {source}_weight.load({last}).reshape({columns}, BK).T",
+            "else:",
+            f"    right = {source}_weight.load({first}).reshape(BK, {columns})",
+            f"{name} = tl.dot(left, right, {name})",
+        ]
+        if split:
+            splits.append(f"{', '.join(read.name for read in reads)} = {split.format(name=name)}")
+        if form == "halves":
+            saves += [
+                f"store_rows({source}_out_{n}, row0, end - row0, tile_n * BN, {read.name}, BM, BN)"
+                for n, read in enumerate(reads)
+            ]
+        else:
+            saves.append(f"store_rows({source}_out, row0, end - row0, tile_n * ({columns}), {name}, BM, {columns})")
+    body = [_load_leaf(read) for read in program.reads.values() if read.leaf]
+    body += [_line(line) for line in program.lines]
+    body += [f"store_rows(v{i}_out, row0, end - row0, tile_n * BN, {value}, BM, BN)" for i, value in outputs.items()]
+    return _BLOCK_LINEAR.format(
+        kernel=program.segment.name,
+        params=_params(
+            [
+                f"{s}_weight, {s}_out_0, {s}_out_1" if form == "halves" else f"{s}_weight, {s}_out"
+                for s, form in forms.items()
+            ]
+            + params
+        ),
+        doc="",
+        width=program.width,
+        zeros=indent("\n".join(zeros), " " * 8),
+        products=indent("\n".join(products), " " * 12),
+        splits=indent("\n".join(splits), " " * 8),
+        saves=indent("\n".join(saves), " " * 12),
+        body=indent("\n".join(body), " " * 8),
+    )
+
+
 @cache
 def _module(text: str) -> dict[str, Any]:
     """The kernels of a generated module. Triton reads their source through linecache, by a name of its own."""
@@ -642,6 +788,32 @@ class Pointwise:
         self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], offsets: Tensor, grads: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(the outputs again, the gradient of each input, the gradient of each leaf) for the outputs' gradients."""
+        return self._vjp(inputs, leaves, offsets, grads, None)[:3]
+
+    def weighted_vjp(
+        self,
+        inputs: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        offsets: Tensor,
+        grads: Sequence[Tensor],
+        order: Tensor,
+        w: Tensor,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """`vjp` of w times the segment's one output, row by row: (w times the output, the gradients of the inputs and of
+        the leaves, the gradient of w [T, K]). order [T*K]: the slot of each row."""
+        outputs, inner, leaf, products = self._vjp(inputs, leaves, offsets, grads, (order, w))
+        assert products is not None
+        return outputs, inner, leaf, products.sum(1).view(w.shape).to(w.dtype)
+
+    def _vjp(
+        self,
+        inputs: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        offsets: Tensor,
+        grads: Sequence[Tensor],
+        weights: tuple[Tensor, Tensor] | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """(outputs, gradients of inputs and of leaves, products with the outputs of each slot and column block)."""
         inputs, sources = self._checked(inputs, leaves), self._sources
         check_dtypes(f"{self.segment.name}.vjp", {f"grad{n}": g for n, g in enumerate(grads)})
         rows = inputs[0].shape[0]
@@ -655,14 +827,21 @@ class Pointwise:
         for g in grads:
             g = unit_columns(g)
             given += [g, g.stride(0)]
+        products, extra = None, [offsets, offsets, offsets]
+        if weights is not None:
+            order, w = weights
+            columns = triton.cdiv(sources.width, self._block(sources.width)[1])
+            products = w.new_zeros(order.numel(), columns, dtype=torch.float32)
+            extra = [order, w.contiguous(), products]
         self._launch(
-            f"{self.segment.name}_vjp", inputs, leaves, offsets, [*outputs, *given, *(made[s] for s in sources.grads)]
-        )
+            f"{self.segment.name}_vjp", inputs, leaves, offsets,
+            [*outputs, *given, *(made[s] for s in sources.grads), *extra], WEIGHTED=weights is not None,
+        )  # fmt: skip
         leaf_grads = [
             self._leaf_gradient(s, leaf, n, made, offsets)
             for s, leaf, n in zip(sources.leaves, leaves, self._leaf_widths)
         ]
-        return tuple(outputs), tuple(made[s] for s in sources.inputs), tuple(leaf_grads)
+        return tuple(outputs), tuple(made[s] for s in sources.inputs), tuple(leaf_grads), products
 
     def _new_gradient(
         self, source: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, whole: bool = False
@@ -703,7 +882,7 @@ class Pointwise:
         # Not saved products are not written: any tensor of the right dtype stands for them.
         products = [rows.new_empty(total, n) if save else rows for n in widths]
         outputs = self._new_outputs([rows.dtype] * len(widths), leaves, rows, total)
-        if total:
+        if total and not self._launch_block(rows, weights, products, leaves, outputs, offsets, order, top_k, save):
             tile = triton_grouped.tile_for(rows, total, experts, sources.width, sources.products)
             tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(sources.width, tile.columns)
             args: list[Any] = []
@@ -719,6 +898,59 @@ class Pointwise:
                     num_warps=tile.warps, num_stages=tile.stages,
                 )  # fmt: skip
         return tuple(products) if save else None, tuple(outputs)
+
+    def _launch_block(
+        self,
+        rows: Tensor,
+        weights: Sequence[Tensor],
+        products: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        offsets: Tensor,
+        order: Tensor | None,
+        top_k: int,
+        save: bool,
+    ) -> bool:
+        """`linear` by the kernel `..._block`; False where it does not apply."""
+        experts, inner, width = offsets.numel() - 1, rows.shape[1], self._sources.width
+        per_expert = -(-outputs[0].shape[0] // experts)
+        wide = self._sources.products == 1 and width >= 256
+        tile = triton_grouped.Tile(128, 256 if wide else 128, 64, 8, 4 if self._sources.products == 2 else 3)
+        inner_last = weights[0].stride(1) == 1
+        apply = per_expert >= triton_grouped.MANY_ROWS and width >= 128
+        if not apply or any((w.stride(1) == 1) != inner_last for w in weights):
+            return False
+        if order is not None and (inner % tile.inner or rows.element_size() != 2):
+            return False
+        left = rows if order is not None else described(rows, (tile.rows, tile.inner))
+        args: list[Any] = []
+        for form, weight, product in zip(self._sources.forms, weights, products):
+            base, block = weight.transpose(1, 2) if inner_last else weight, [tile.columns]
+            columns = tile.columns
+            outs = [product if save else outputs[0]]  # not saved: any descriptor stands for it
+            if form == "halves":
+                base, block = base.unflatten(1 if inner_last else 2, (2, width)), [2, tile.columns]
+                outs = [product[:, :width], product[:, width:]] if save else outs * 2
+            elif form == "pairs":
+                columns = 2 * tile.columns
+                block = [columns]
+                tile = replace(tile, stages=3)
+            whole = [1, *block, tile.inner] if inner_last else [1, tile.inner, *block]
+            args += [described(base, whole), *(described_rows(out, (tile.rows, columns)) for out in outs)]
+        results = [described_rows(out, (tile.rows, tile.columns)) for out in outputs]
+        if left is None or None in args or None in results or not triton_grouped.fits(tile, rows.device):
+            return False
+        programs, group = multiprocessors(rows.device), triton_grouped.group_for(weights[0])
+        with on_device(rows):
+            launch(
+                self._kernels[f"{self.segment.name}_block"], (programs,),
+                left, offsets if order is None else order, *args, *self._leaf_args(leaves), *results, offsets,
+                inner, rows.stride(0), experts, triton.cdiv(width, tile.columns), top_k, SAVE=save,
+                GATHER=order is not None, INNER_LAST=inner_last, GROUP=max(group, 8 if per_expert >= 1024 else 1),
+                PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        return True
 
     def _checked(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
         name = self.segment.name
@@ -740,7 +972,13 @@ class Pointwise:
         return args
 
     def _launch(
-        self, kernel: str, inputs: Sequence[Tensor], leaves: Sequence[Tensor], offsets: Tensor, more: Sequence[Any]
+        self,
+        kernel: str,
+        inputs: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        offsets: Tensor,
+        more: Sequence[Any],
+        **constants: Any,
     ) -> None:
         rows, width, experts = inputs[0].shape[0], self._sources.width, offsets.numel() - 1
         if not rows:
@@ -753,8 +991,9 @@ class Pointwise:
         with on_device(inputs[0]):
             launch(
                 self._kernels[kernel], (tiles, triton.cdiv(width, bn)),
-                *args, *self._leaf_args(leaves), *more, offsets, experts, BLOCK_E=power_of_2(experts), BM=bm, BN=bn
-            )
+                *args, *self._leaf_args(leaves), *more, offsets, experts, **constants, BLOCK_E=power_of_2(experts),
+                BM=bm, BN=bn,
+            )  # fmt: skip
 
     @staticmethod
     def _block(width: int) -> tuple[int, int]:

@@ -226,6 +226,27 @@ class Runtime:
         sums = [self._gathered(leaf, g, offsets) for leaf, g in zip(leaves, grads[len(inputs) :])]
         return (*(y.detach() for y in outputs), *grads[: len(inputs)], *sums)
 
+    def act_weighted_vjp(
+        self,
+        function: Activation,
+        inputs: Tensors,
+        leaves: Tensors,
+        offsets: Tensor,
+        gradients: Tensors,
+        order: Tensor,
+        w: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """`act_vjp` of a segment with one output a, which the routing weights w [T, K] multiply: for the gradient of w a
+        it returns w a, the gradients of the segment's inputs and leaves, and that of w."""
+        kernel = self._pointwise.get(function.__name__)
+        if kernel:
+            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(inputs, leaves, offsets, gradients, order, w)
+            return (*outputs, *input_grads, *leaf_grads, gw)
+        (g,) = gradients
+        scale = self.ops["slot_rows"](w, order, offsets)
+        a, *grads = self.act_vjp(function, inputs, leaves, offsets, [(g * scale).to(g.dtype)])
+        return ((a * scale).to(a.dtype), *grads, self.ops["slot_products"](a, g, order, offsets, w))
+
     def _run(self, function: Activation, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> tuple[Tensor, ...]:
         return _several(function(*inputs, *(self._spread(leaf, offsets, inputs) for leaf in leaves)))
 

@@ -85,6 +85,11 @@ def needs_h(region: Region) -> bool:
     return region.weight_position == "output"
 
 
+def gw_of(region: Region) -> str:
+    """The base name of the routing weights' gradient, as far as it comes from rows of experts."""
+    return "gw_h" if region.identity else "gw"
+
+
 def consumers(region: Region) -> dict[int, int]:
     """How many steps read each value; the result is read by combine as well."""
     count = dict.fromkeys(range(len(region.template.instrs)), 0)
@@ -116,6 +121,22 @@ def gathering(region: Region, feeding: dict[Segment, list[Linear]]) -> Segment |
     return next((s for s, linears in feeding.items() if linears[0].rows == x and readers[x] == len(linears)), None)
 
 
+def weighted_segment(region: Region) -> Segment | None:
+    """The segment whose one result the last linear reads, and nothing else, where routing weights follow: y = w (a @ W).
+
+    Then w moves before the linear in backward: with g = gy @ W^T per row, the gradient of a is w g, that of w is <a, g>,
+    and that of W is (w a)^T @ gy. So the result of the linear is neither saved nor made again, and no weighted copy of
+    gy is made.
+    """
+    program = steps(region.template)
+    if not needs_h(region) or len(program) < 2 or not isinstance(program[-1], Linear):
+        return None
+    a, readers = program[-1].rows, consumers(region)
+    if region.leaves[program[-1].leaf].shared or readers[a] != 1 or readers[result_of(region)] != 1:
+        return None
+    return next((s for s in program if isinstance(s, Segment) and s.outputs == (a,)), None)
+
+
 def saved_of_chunk(region: Region) -> list[str]:
     """Base names of what one chunk's forward saves."""
     program = steps(region.template)
@@ -124,7 +145,8 @@ def saved_of_chunk(region: Region) -> list[str]:
     values |= {
         step.rows for step in program if isinstance(step, Linear)
     } & products  # a product of a product: no segment remakes it
-    if needs_h(region) and region.template.instrs[result_of(region)].kind == "linear":
+    needs_result = needs_h(region) and weighted_segment(region) is None
+    if needs_result and region.template.instrs[result_of(region)].kind == "linear":
         values.add(result_of(region))
     values.discard(x_value(region.template))
     return ["order", "offsets", "position", *(f"v{i}" for i in sorted(values))]
@@ -192,20 +214,26 @@ class Gradients:
 
 
 def experts_backward(chunk: Chunk, gradients: Gradients) -> None:
-    """From the gradient of the result to those of the tokens' rows and of the leaves."""
-    region, program = chunk.region, steps(chunk.region.template)
+    """From the gradient of the result to those of the tokens' rows and of the leaves; and to that of the routing weights
+    where `weighted_segment` moves them to a segment."""
+    region, program, weighted = chunk.region, steps(chunk.region.template), weighted_segment(chunk.region)
     remade = {f"v{step.rows}" for step in program if isinstance(step, Linear)}.difference(saved_of_chunk(region))
     for step in reversed(program):
         if isinstance(step, Linear):
             g = gradients.total(step.value)
-            args = (g, f"leaf{step.leaf}.transpose(1, 2)", chunk.offsets_of(step.leaf))
-            chunk.launch("d_experts", "grouped_linear", (gradients.part(step.rows),), args)
+            args_l = (g, f"leaf{step.leaf}.transpose(1, 2)", chunk.offsets_of(step.leaf))
+            chunk.launch("d_experts", "grouped_linear", (gradients.part(step.rows),), args_l)
             gradients.into_matrix(step, g)
             continue
         gs = tuple(gradients.total(value) for value in step.outputs)
         again = [f"v{i}" if f"v{i}" in remade else "_" for i in step.outputs]
         outs = [*again, *(gradients.part(i) for i in step.inputs), *(f"s{i}" for i in step.leaves)]
-        chunk.launch("d_experts", f"{step.name}.vjp", outs, (*chunk.reads(step), chunk.name("offsets"), gs))
+        args = (*chunk.reads(step), chunk.name("offsets"), gs)
+        if step == weighted:
+            outs.append(gw_of(region))
+            chunk.launch("d_experts", f"{step.name}.weighted_vjp", outs, (*args, *chunk.names(("order", "w"))))
+        else:
+            chunk.launch("d_experts", f"{step.name}.vjp", outs, args)
         for leaf in step.leaves:
             gradients.into_vector(leaf)
     x_rows = x_value(region.template)

@@ -10,9 +10,11 @@ Ops beside those of moefx.ops: slice, cat, add, join; write and add_into for a l
     act_i.linear(rows, weights, leaves, offsets)   its inputs, linears of the same rows, then its outputs; with two more
                                               arguments, order and top_k, of tokens whose rows are gathered on the way
     act_i.vjp(inputs, leaves, offsets, gradients)  its outputs again, the gradients of its inputs and of its leaves
+    act_i.weighted_vjp(inputs, leaves, offsets, gradients, order, w)  the same for a result that w multiplies row by row:
+                                              w times its output, and after all others the gradient of w
 
 Saved for backward are x, w, the routing and the values which segments read (pre-activations), and the result h where
-the routing weights need it. Gathered rows and segment results are made again.
+the routing weights need it (not where `weighted_segment` moves them). Gathered rows and segment results are made again.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from moefx.passes._launches import (
     experts_backward,
     experts_forward,
     guarded,
+    gw_of,
     late,
     needs_h,
     result_of,
     saved_of_chunk,
     values_of,
+    weighted_segment,
     with_events,
     with_frees,
     with_uses,
@@ -69,18 +73,17 @@ def _backward(chunk: Chunk) -> None:
     gradients = Gradients(chunk, consumers(region))
     chunk.slices("d_combine", ("gy", "x", "w"))
     chunk.gather("d_combine")
-    if needs_h(region):
+    if needs_h(region) and weighted_segment(region) is None:
         if program and isinstance(program[-1], Segment):
             chunk.segment("d_combine", program[-1])
         args_h = chunk.names(("gy", f"v{result}", "order", "position", "offsets", "w"))
-        gw = "gw_h" if region.identity else "gw"
-        chunk.launch("d_combine", "combine_backward", (gradients.part(result), gw), args_h)
+        chunk.launch("d_combine", "combine_backward", (gradients.part(result), gw_of(region)), args_h)
     else:
         args_g = (chunk.name("gy"), chunk.name("order"), region.top_k, chunk.name("offsets"), None)
         chunk.launch("d_combine", "gather_rows", (gradients.part(result),), args_g)
 
     experts_backward(chunk, gradients)
-    gx, gw = ("gx_rows", "gw_h") if region.identity else ("gx", "gw")
+    gx, gw = "gx_rows" if region.identity else "gx", gw_of(region)
     w = None if needs_h(region) else chunk.name("w")
     args_x = (*chunk.names((f"g{x_rows}", "x", "position", "order", "offsets")), w)
     chunk.launch("d_dispatch", "rows_backward", (gx, "_" if needs_h(region) else gw), args_x)

@@ -75,7 +75,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def test_the_table_has_every_op_of_the_reference_that_is_not_elementwise() -> None:
-    assert set(ops.OPS) - set(OPS) == {"identity_add", "identity_backward"}
+    assert set(ops.OPS) - set(OPS) == {"identity_add", "identity_backward", "slot_rows", "slot_products"}
 
 
 # ------------------------------------------------------------------------------------------------ routing
@@ -199,6 +199,31 @@ def test_grouped_products(case: tuple[int, int, int, str], dtype: torch.dtype) -
     ops.grouped_wgrad(gathered, c.held(c.h), c.offsets, want)
     OPS["gather_wgrad"](c.x, c.order, c.top_k, c.h, c.offsets, out)
     assert relative(out, want) <= tolerance
+
+
+@pytest.mark.parametrize("case", [(1, 1, 1, "any"), (60, 3, 5, "any"), (100, 2, 5, "few"), (150, 1, 3, "one")], ids=str)
+@pytest.mark.parametrize("widths", [(128, 264), (192, 136)], ids=str)
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
+def test_products_by_the_copy_engine(
+    case: tuple[int, int, int, str], widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16-bit operands of many features: blocks reach over the edges of experts and of features, and touch nothing there."""
+    monkeypatch.setattr(triton_grouped, "MANY_ROWS", 0)
+    c, dtype, (d, f), experts = make(*case, dtype=torch.float16), torch.float16, widths, case[2]
+    rows, h = torch.randn(c.rows.shape[0], d).to(dtype).to(DEVICE), torch.randn(c.rows.shape[0], f).to(dtype).to(DEVICE)
+    rows[c.n :], h[c.n :] = NAN, NAN
+    weight = (torch.randn(experts, f, d) / d**0.5).to(dtype).to(DEVICE).transpose(1, 2)
+    for w in (weight, weight.contiguous()):
+        out = torch.full((rows.shape[0], f), NAN, dtype=dtype, device=DEVICE)
+        assert triton_grouped._launch_block_linear(rows, w, c.offsets, out)
+        assert relative(c.held(out), ops.grouped_linear(c.held(rows), w, c.offsets)) <= 1e-3
+        assert out[c.n :].isnan().all()
+    want = torch.empty(experts, d, f, dtype=dtype, device=DEVICE)
+    ops.grouped_wgrad(c.held(rows), c.held(h), c.offsets, want)
+    for out in (torch.full_like(want, NAN), torch.full_like(want.transpose(1, 2).contiguous(), NAN).transpose(1, 2)):
+        for times, add in ((1, False), (2, True)):
+            assert triton_grouped._launch_block_wgrad(rows, h, c.offsets, out, add)
+            assert relative(out, times * want) <= 1e-3
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 16), (64, 32, 64)], ids=str)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 import regions
 import torch
+from moefx.codegen import triton_grouped
 from moefx.codegen.triton_ops import OPS
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_rules import RULES
@@ -438,6 +439,82 @@ def test_activation_in_the_epilogue(style: str, simplified: bool, dtype: torch.d
     saved, outputs = pointwise.linear(rows, weights, vectors, offsets, save=False)
     assert saved is None
     assert relative(outputs[0][:n], want[0]) <= TOLERANCE[dtype]
+
+
+def wide(style: str, w: int, d: int) -> tuple[list[Instr], list[Leaf]]:
+    """Experts' first half with w features from d: the forms in which the linears give gate and up."""
+    x = Instr("x", width=d)
+    if style == "two linears":
+        silu, mul = op("silu.default", Ref(1), width=w), op("mul.Tensor", Ref(3), Ref(2), width=w)
+        return [x, linear(0, 0, w), linear(0, 1, w), silu, mul], [leaf(d, w), leaf(d, w)]
+    if style == "one":
+        return [x, linear(0, 0, w), op("relu.default", Ref(1), width=w)], [leaf(d, w)]
+    halves = style == "halves"
+    gate, up = (columns(2, 0, w), columns(2, w, 2 * w)) if halves else (columns(2, 0, 2 * w, 2), columns(2, 1, 2 * w, 2))
+    bias, silu = op("add.Tensor", Ref(1), LeafRef(1), width=2 * w), op("silu.default", Ref(3), width=w)
+    instrs = [x, linear(0, 0, 2 * w), bias, gate, up, silu, op("mul.Tensor", Ref(5), Ref(4), width=w)]
+    return instrs, [leaf(d, 2 * w), leaf(2 * w)]
+
+
+@pytest.mark.parametrize("style", ["halves", "pairs", "two linears", "one"])
+@pytest.mark.parametrize("inner_last", [True, False])
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
+def test_epilogues_by_the_copy_engine(style: str, inner_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_grouped, "MANY_ROWS", 0)
+    w, d, tokens, top_k, dtype = 264 if style == "one" else 136, 64, 90, 2, torch.float16
+    instrs, leaves = wide(style, w, d)
+    pointwise = compiled(instrs, leaves)
+    ids = torch.randint(-1, E, (tokens, top_k)).to(DEVICE)
+    order, offsets, _ = ops.route(ids, E)
+    n = int(offsets[-1])
+    x = torch.randn(tokens, d).to(dtype).to(DEVICE)
+    rows = torch.full((order.numel(), d), NAN, dtype=dtype, device=DEVICE)
+    rows[:n] = ops.gather_rows(x, order, top_k, offsets)[:n]
+    widths = [pointwise.template.instrs[i].width for i in pointwise.segment.inputs]
+    weights = [(torch.randn(E, width, d) / 8).to(dtype).to(DEVICE).transpose(1, 2) for width in widths]
+    if not inner_last:
+        weights = [weight.contiguous() for weight in weights]
+    vectors = [torch.randn(E, *leaves[i].shape).to(dtype).to(DEVICE) for i in pointwise.segment.leaves]
+    pre = [ops.grouped_linear(rows[:n].float(), weight.float(), offsets) for weight in weights]
+    spread = [ops.expert_rows(v.float(), offsets, n) for v in vectors]
+    want = evaluate(pointwise.template, pointwise.segment, pre, spread)
+    for source, by, k in ((rows, None, 1), (x, order, top_k)):
+        for save in (True, False):
+            products = [torch.full((order.numel(), width), NAN, dtype=dtype, device=DEVICE) for width in widths]
+            outputs = [torch.full((order.numel(), w), NAN, dtype=dtype, device=DEVICE)]
+            assert pointwise._launch_block(source, weights, products, vectors, outputs, offsets, by, k, save)
+            for got, expected in zip((*products, *outputs), (*pre, *want)):
+                if save or got is outputs[0]:
+                    assert relative(got[:n], expected) <= TOLERANCE[dtype]
+                assert got[n:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("style", ["halves", "one"])
+def test_gradients_of_a_weighted_output(style: str, dtype: torch.dtype) -> None:
+    """Of w a, for the routing weights w of each row's slot."""
+    tokens, top_k, width = 33, 3, 600 if style == "halves" else 40
+    instrs, leaves = wide(style, width, 16)
+    pointwise = compiled(instrs, leaves)
+    ids = torch.randint(-1, E + 1, (tokens, top_k)).to(DEVICE)
+    order, offsets, position = ops.route(ids, E)
+    n, slots = int(offsets[-1]), order.numel()
+    pre = torch.full((slots, width * (2 if style == "halves" else 1)), NAN, dtype=dtype, device=DEVICE)
+    g = torch.full((slots, width), NAN, dtype=dtype, device=DEVICE)
+    pre[:n], g[:n] = torch.randn(n, pre.shape[1]), torch.randn(n, width)
+    vectors = [torch.randn(E, *leaves[i].shape).to(dtype).to(DEVICE) for i in pointwise.segment.leaves]
+    w = torch.rand(tokens, top_k).to(DEVICE)
+    again, inner, of_leaves, gw = pointwise.weighted_vjp([pre], vectors, offsets, [g], order, w)
+
+    own = [t.float().requires_grad_() for t in (pre[:n], *vectors, w)]
+    spread = [ops.expert_rows(v, offsets, n) for v in own[1:-1]]
+    (a,) = evaluate(pointwise.template, pointwise.segment, own[:1], spread)
+    product = a * own[-1].reshape(-1)[order[:n], None]
+    wanted = torch.autograd.grad(product, own, g[:n].float())
+    assert gw.shape == w.shape and gw.dtype == w.dtype
+    assert not gw[position < 0].any()
+    for got, want in zip((again[0][:n], inner[0][:n], *of_leaves, gw), (product, *wanted)):
+        assert relative(got, want) <= 2 * TOLERANCE[dtype]
 
 
 def test_the_source_is_readable(golden) -> None:
