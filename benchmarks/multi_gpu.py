@@ -44,9 +44,9 @@ MOST_RESTARTS = 5
 # NVLink multicast stays off in NCCL, PyTorch and NVSHMEM: a program that dies with it can take the host's GPUs along.
 ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1",
-    # NCCL's kernels get the next free multiprocessors, before those of products that were launched earlier
-    "TORCH_NCCL_HIGH_PRIORITY": "1",
 }  # fmt: skip
+# NCCL's kernels get the next free multiprocessors, before those of products that were launched earlier; the caller may differ.
+PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
 
 
 # ------------------------------------------------------------------------------------------------ the watch
@@ -63,7 +63,7 @@ def watch(options: argparse.Namespace) -> int:
     crashes: list[str] = []
     for attempt in range(MOST_RESTARTS + 1):
         at = {"MOEFX_FOLDER": str(folder), "MOEFX_ATTEMPT": str(attempt), "MOEFX_DEADLINE": str(deadline)}
-        environment = os.environ | ENVIRONMENT | at
+        environment = {PRIORITY: "1"} | os.environ | ENVIRONMENT | at
         worker = subprocess.Popen([sys.executable, *sys.argv], env=environment)
         try:
             code = _outcome(worker, folder, attempt, deadline)

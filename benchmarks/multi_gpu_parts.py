@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -72,6 +72,8 @@ class Bench:
         self.result = Result.load(options.out / "multi_gpu.json") if attempt else Result(options.out / "multi_gpu.json")
         device = torch.cuda.get_device_name() if self.cuda else "CPU"
         self.result.head = f"{self.world} x {device}, torch {torch.__version__}{', toy sizes' if self.toy else ''}"
+        settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("NCCL_", "TORCH_NCCL_"))]
+        self.result.head += f"; {' '.join(settings)}" if self.cuda else ""
         self.log(f"{self.result.head}; attempt {attempt}, {self.deadline - time.time():.0f} s left")
 
     def log(self, text: str) -> None:
@@ -298,6 +300,14 @@ def random_batch(bench: Bench, layer: Layer, tokens: int, dtype: Any) -> Batch:
     return Batch(x.requires_grad_(), ids, (w / w.sum(1, keepdim=True)).to(dtype), gy)
 
 
+def compile_kernels(regions: Iterable[Any], params: dict[str, Tensor], batch: Batch) -> None:
+    """All kernels of these plans at once, instead of one after the other when they first run."""
+    for region in regions:
+        # Nothing runs meanwhile, so orders of rows are arbitrary: no plan may pick rows by them.
+        if region.degrees[0] == region.degrees[1] and region.wire.capacity is None:
+            region.precompile(batch.x, batch.ids, batch.w, params, [list(params)])
+
+
 def step(region: Any, params: dict[str, Tensor], batch: Batch) -> Callable[[], None]:
     """Forward and backward, with gradients of tokens and weights."""
 
@@ -437,21 +447,17 @@ class Checks:
 
     @cached_property
     def spread(self) -> Spread:
-        """This rank's part, with all kernels compiled; at 4 ranks and more, two of them are a node."""
+        """This rank's part; at 4 ranks and more, two of them are a node."""
         bench = self.bench
         held = experts_of(self.layer.experts, bench.world, bench.rank)
         own = {n: t[held.start : held.stop].detach().clone().requires_grad_() for n, t in self.whole.items()}
         per_node = 2 if bench.world >= 4 else 1
-        spread = Spread(bench, self.layer, own, topology=Topology(tuple(r // per_node for r in range(bench.world))))
-        warm = routed(bench, self.layer, "random", self.dtype)
-        region, _ = spread.plan(options_of(Case("random", (1, 1))), len(warm.x))
-        for compiled, params in ((self.one_rank, self.whole), (region, own)):
-            compiled.precompile(warm.x, warm.ids, warm.w, params, [list(params)])
-        return spread
+        return Spread(bench, self.layer, own, topology=Topology(tuple(r // per_node for r in range(bench.world))))
 
     def reference(self, data: str) -> tuple[Batch, Reference]:
         if data not in self.references:
             batch = routed(self.bench, self.layer, data, self.dtype)
+            self.one_rank.precompile(batch.x, batch.ids, batch.w, self.whole, [list(self.whole)])
             self.references[data] = batch, Reference(self.bench, self.layer, self.whole, batch, self.one_rank)
         return self.references[data]
 
@@ -463,6 +469,7 @@ class Checks:
         if case.capacity:
             options = replace(options, capacity=most_rows(bench, self.layer, batch))
         region, _ = spread.plan(options, len(batch.x))
+        compile_kernels([region], params, batch)
         got = outcome(region, params, batch)
         errors, lossy = reference.errors(got), 4 * codec_error(bench, case.codec, self.dtype)
         bars = {n: max(1.5 * e, LEAST_ERROR[self.short]) + lossy for n, e in reference.one_rank.items()}
@@ -592,21 +599,15 @@ class _Here:
 
 
 class Shape:
-    """A layer of real width, with its kernels compiled when it is first needed."""
+    """A layer of real width, made when it is first needed."""
 
     def __init__(self, bench: Bench, layer: Layer) -> None:
         self.bench, self.layer = bench, layer
 
     @cached_property
     def spread(self) -> Spread:
-        bench, layer = self.bench, self.layer
-        began, dtype = time.time(), torch.float32 if bench.toy else torch.bfloat16
-        spread = Spread(bench, layer, own_weights(bench, layer, dtype), profile_of(bench))
-        batch = random_batch(bench, layer, 64, dtype)
-        region, _ = spread.plan(moefx.Options(degree=1, policy="fifo"), 64)
-        region.precompile(batch.x, batch.ids, batch.w, spread.params, [list(spread.params)])
-        bench.log(f"{layer}: kernels ready in {time.time() - began:.1f} s")
-        return spread
+        dtype = torch.float32 if self.bench.toy else torch.bfloat16
+        return Spread(self.bench, self.layer, own_weights(self.bench, self.layer, dtype), profile_of(self.bench))
 
 
 def layer_row(bench: Bench, shape: Shape, tokens: int) -> dict[str, Any]:
@@ -618,6 +619,7 @@ def layer_row(bench: Bench, shape: Shape, tokens: int) -> dict[str, Any]:
     plans = {name: spread.plan(options, tokens) for name, options in variants.items()}
     alone, _ = spread.plan(moefx.Options(degree=1), tokens)
     alone.wire = replace(alone.wire, all_to_all=Nowhere())
+    compile_kernels([region for region, _ in plans.values()], spread.params, batch)
     works = {name: step(region, spread.params, batch) for name, (region, _) in plans.items()}
     seconds = bench.in_turns({**works, "no wire": step(alone, spread.params, batch)}, rounds)
     predicted = {n: sum(t.makespan_s for t in timelines) for n, (_, timelines) in plans.items() if all(timelines)}
@@ -728,6 +730,7 @@ def trace_row(bench: Bench, shape: Shape, name: str, tokens: int, variant: str) 
     spread, batch = shape.spread, random_batch(bench, shape.layer, tokens, shape.spread.dtype)
     options = moefx.Options() if variant == "auto" else moefx.Options(degree=int(variant[2:]))
     region, _ = spread.plan(options, tokens)
+    compile_kernels([region], spread.params, batch)
     run = step(region, spread.params, batch)
     for _ in range(3):
         run()
