@@ -17,7 +17,7 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,9 +90,9 @@ def moefx(
 
 
 def _options(given: dict[str, Any]) -> BackendOptions:
-    known = [f.name for f in fields(BackendOptions)]
+    known = ("degree", "inner", "kernels", "seed")  # the others are for several ranks, which the backend does not spread over
     if unknown := [name for name in given if name not in known]:
-        raise InputError(f"unknown option {unknown[0]!r} of backend 'moefx'; it has {', '.join(sorted(known))}")
+        raise InputError(f"unknown option {unknown[0]!r} of backend 'moefx'; it has {', '.join(known)}")
     return BackendOptions(**given)
 
 
@@ -209,7 +209,7 @@ def _observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part], also:
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     observer = _Observer(gm, wanted)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _transforms_left():
             observer.run(*copies)
     except Exception as error:
         raise Decline(f"the graph does not run on its example inputs: {type(error).__name__}: {error}") from error
@@ -450,13 +450,16 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
     if any(isinstance(x, FakeTensor) for x in inputs):
         report.declined.append(DeclinedBlock("", "the graph came without real inputs, which an analysis needs"))
         return []
-    if transformed := next((n for n in gm.graph.nodes if _transforms(n)), None):
-        reason = "the graph enters a transform of torch.func (vmap, grad), inside of which nothing is followed"
-        report.declined.append(DeclinedBlock("", reason, location=_line(transformed)))
-        find_log.info("declined the graph: %s", reason)
-        return []
     params = _parameters(gm, inputs)
-    parts, called = _candidates(gm.graph, params.__contains__, params), list(_called(gm))
+    transformed = _transformed(gm.graph)
+    parts, called = [], list(_called(gm))
+    for part in _candidates(gm.graph, params.__contains__, params):
+        if inside := [n for n in part.nodes if n in transformed]:
+            reason = "it enters a transform of torch.func (vmap, grad), inside of which nothing is followed"
+            report.declined.append(DeclinedBlock(part.name, reason, location=_line(inside[0])))
+            find_log.info("declined %s: %s", part.name or "the graph", reason)
+        else:
+            parts.append(part)
     bound: Bound = []
     try:
         if parts or called:
@@ -471,9 +474,27 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
     return bound
 
 
-def _transforms(node: fx.Node) -> bool:
-    """Whether a node changes the state of torch.func: a run that stopped in between would leave it changed."""
-    return node.op == "call_function" and "_functorch" in str(getattr(node.target, "__module__", ""))
+def _transformed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that enter and leave transforms of torch.func, and those in between."""
+    level, found = 0, set()
+    for node in graph.nodes:
+        functorch = node.op == "call_function" and "_functorch" in str(getattr(node.target, "__module__", ""))
+        if functorch or level:
+            found.add(node)
+        if functorch:
+            level += {"increment_nesting": 1, "decrement_nesting": -1}.get(_name(node).partition("_")[2].partition("_")[2], 0)
+    return found
+
+
+@contextlib.contextmanager
+def _transforms_left() -> Iterator[None]:
+    """A run that stops inside of a transform of torch.func does not leave the program there."""
+    depth = len(torch._C._functorch.get_interpreter_stack() or ())
+    try:
+        yield
+    finally:
+        while len(torch._C._functorch.get_interpreter_stack() or ()) > depth:
+            torch._C._functorch.pop_dynamic_layer_stack()
 
 
 def _parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, nn.Parameter]:
@@ -571,17 +592,17 @@ def _specialise(part: Part) -> None:
 def _reported(part: Part, found: Found) -> FoundBlock:
     region, compiled = found.compiled.region, found.compiled
     texts = {
-        "partition": "\n".join(map(str, compiled.graphs)),
-        "schedule": "\n".join(map(str, compiled.schedules)),
-        "lower": "\n".join(map(str, compiled.plans)),
-        "emit": compiled.source,
+        "passes.partition": "\n".join(map(str, compiled.graphs)),
+        "passes.schedule": "\n".join(map(str, compiled.schedules)),
+        "passes.lower": "\n".join(map(str, compiled.plans)),
+        "codegen.emit": compiled.source,
     }
     for stage, text in texts.items():
-        logging.getLogger(f"moefx.passes.{stage}").debug("%s\n%s", part.name, text)
+        logging.getLogger(f"moefx.{stage}").debug("%s\n%s", part.name, text)
     return FoundBlock(
         name=part.name, experts=region.experts, top_k=found.hypothesis.routing.top_k, d_model=region.d_model,
         d_expert=region.d_expert, layout=region.layout, routing=region.routing, location=_line(found.change.after),
-        errors=dict(found.errors), partition=texts["partition"], schedule=texts["schedule"], source=texts["emit"],
+        errors=dict(found.errors), partition=texts["passes.partition"], schedule=texts["passes.schedule"], source=compiled.source,
         region=str(region), same_as="" if part is found.part else found.part.name,
     )  # fmt: skip
 
@@ -627,8 +648,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
                     copied = gm.graph.node_copy(inner, env.__getitem__)
                 env[inner] = copied
                 copied.meta["example_value"] = inner.meta.get("val")
-                copied.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                copied.meta["stack_trace"] = node.meta.get("stack_trace")
+                copied.meta.update({k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "custom") if k in node.meta})
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
 

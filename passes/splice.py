@@ -459,6 +459,8 @@ def apply(change: Change) -> fx.Node:
         new = graph.call_function(change.call, change.arguments)
     order = {n: i for i, n in enumerate(graph.nodes)}
     keys = ("example_value", "val", "nn_module_stack", "stack_trace")
+    if "custom" in change.after.meta:  # what the user's code annotated, a stream say
+        new.meta["custom"] = change.after.meta["custom"]
     for node in change.replaced:
         new.meta.update({k: node.meta[k] for k in keys if k in node.meta})
         node.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[new])
