@@ -18,7 +18,7 @@ from moefx.ir import Instr, Launch, LeafRef, Plan, Ref, Region, Template
 from moefx.segments import Segment
 from moefx.segments import steps as steps_of
 
-OUTSIDE = ("prologue", "join")  # tasks of no lane
+OUTSIDE = ("prologue", "join", "beside")  # tasks of no lane
 _LITERALS = (int, bool, type(None), torch.dtype, torch.memory_format, torch.layout)
 
 
@@ -201,6 +201,9 @@ def _task(launches: Iterable[Launch]) -> Iterator[str]:
     for x in launches:
         if x.op == "join":
             yield f"rt.join({', '.join(x.uses)})"
+            continue
+        if x.op == "yield":
+            yield "yield  # here runs what the block computes beside its experts"
             continue
         yield from (f'rt.wait("{event}")' for event in x.waits)
         if x.uses:

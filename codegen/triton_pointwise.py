@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from textwrap import indent
 from typing import Any
@@ -706,13 +706,20 @@ def _block_linear(
         ]
         if split:
             splits.append(f"{', '.join(read.name for read in reads)} = {split.format(name=name)}")
+        # Stores of one size share the shared memory that they go through.
         if form == "halves":
             saves += [
                 f"store_rows({source}_out_{n}, row0, end - row0, tile_n * BN, {read.name}, BM, BN)"
                 for n, read in enumerate(reads)
             ]
+        elif form == "pairs":
+            saves.append(f"{source}_left, {source}_right = halves({name}, BM, BN)")
+            saves += [
+                f"store_rows({source}_out, row0, end - row0, tile_n * (2 * BN){plus}, {source}_{side}, BM, BN)"
+                for plus, side in (("", "left"), (" + BN", "right"))
+            ]
         else:
-            saves.append(f"store_rows({source}_out, row0, end - row0, tile_n * ({columns}), {name}, BM, {columns})")
+            saves.append(f"store_rows({source}_out, row0, end - row0, tile_n * BN, {name}, BM, BN)")
     body = [_load_leaf(read) for read in program.reads.values() if read.leaf]
     body += [_line(line) for line in program.lines]
     body += [f"store_rows(v{i}_out, row0, end - row0, tile_n * BN, {value}, BM, BN)" for i, value in outputs.items()]
@@ -926,17 +933,14 @@ class Pointwise:
         args: list[Any] = []
         for form, weight, product in zip(self._sources.forms, weights, products):
             base, block = weight.transpose(1, 2) if inner_last else weight, [tile.columns]
-            columns = tile.columns
             outs = [product if save else outputs[0]]  # not saved: any descriptor stands for it
             if form == "halves":
                 base, block = base.unflatten(1 if inner_last else 2, (2, width)), [2, tile.columns]
                 outs = [product[:, :width], product[:, width:]] if save else outs * 2
             elif form == "pairs":
-                columns = 2 * tile.columns
-                block = [columns]
-                tile = replace(tile, stages=3)
+                block = [2 * tile.columns]
             whole = [1, *block, tile.inner] if inner_last else [1, tile.inner, *block]
-            args += [described(base, whole), *(described_rows(out, (tile.rows, columns)) for out in outs)]
+            args += [described(base, whole), *(described_rows(out, (tile.rows, tile.columns)) for out in outs)]
         results = [described_rows(out, (tile.rows, tile.columns)) for out in outputs]
         if left is None or None in args or None in results or not triton_grouped.fits(tile, rows.device):
             return False
