@@ -7,9 +7,10 @@
     correctness   outputs and all gradients against float64 on one rank: degrees, codecs, all-to-alls, uneven and empty
                   routing; bit for bit under random delays and from one all-to-all to another
     calibrate     costs of this group, kept for the later parts
-    layers        step time (forward + backward) of routed layers: r = 1, every r, `auto`; regret; prediction
+    layers        step time (forward + backward) of routed layers: every r, `auto`; regret; prediction
     trace         one step for Perfetto, and how much of NCCL's time is hidden behind compute
     model         training step of a few Qwen3-MoE layers against plain expert parallelism with grouped_mm
+    edges         correctness where ranks have few tokens, or one has none
     symmetric     all-to-all on symmetric memory, if torch has it
     nodes         pairs of GPUs as nodes, joined by links that are throttled by host copies (P >= 4)
 
@@ -37,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PARTS = ("correctness", "calibrate", "layers", "trace", "model", "symmetric", "nodes")
+PARTS = ("correctness", "calibrate", "layers", "trace", "model", "edges", "symmetric", "nodes")
 GROUP_TIMEOUT_S = 60.0
 GRACE_S = 15.0  # for the other ranks, when something was raised on one
 MOST_RESTARTS = 5

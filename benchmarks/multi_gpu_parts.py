@@ -29,7 +29,16 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from moefx.codegen.all_to_all import ALL_TO_ALLS, Topology, make_all_to_all  # noqa: E402
+from moefx.codegen.all_to_all import (  # noqa: E402
+    ALL_TO_ALLS,
+    Messages,
+    Pipe,
+    Topology,
+    check_rows,
+    in_place,
+    make_all_to_all,
+    next_tag,
+)
 from moefx.codegen.codecs import CODECS, codec_for  # noqa: E402
 from moefx.passes.simplify import simplify  # noqa: E402
 from multi_gpu import GRACE_S, GROUP_TIMEOUT_S, PARTS, Result, begun_rows  # noqa: E402
@@ -257,6 +266,8 @@ class Spread:
         layer, wire, width = self.layer, self.wire(options), self.layer.d_model
         shares = {p: wire.codecs[p].wire_bytes(width, self.dtype) / (width * self.dtype.itemsize) for p in wire.codecs}
         if self.chunk_s is None and self.profile is not None:
+            bare, _ = Spread(self.bench, layer, self.params).plan(replace(options, degree=1, policy="fifo"), 16)
+            compile_kernels([bare], self.params, random_batch(self.bench, layer, 16, self.dtype))
             measured = chunk_seconds(self.region, self.held.region, self.params, wire, "auto")
             self.chunk_s = self.bench.share(measured)
         sizes = Sizes(
@@ -340,7 +351,8 @@ class Case:
         return ", ".join([self.data, f"r={self.degrees[0]}/{self.degrees[1]}", *more])
 
 
-ROUTINGS = ("random", "all to rank 0", "to own rank", "dropped", "few tokens", "last rank idle")
+EDGES = ("few tokens", "last rank idle")
+ROUTINGS = ("random", "all to rank 0", "to own rank", "dropped", *EDGES)
 LEAST_ERROR = {"float32": 3e-6, "bfloat16": 8e-3}  # each chunk's share of a gradient is rounded to its dtype
 
 
@@ -483,19 +495,20 @@ class Checks:
             "y": f"{errors['y']:.1e}", "worst": f"{worst} {errors[worst]:.1e}", "bar": f"{bars[worst]:.1e}",
             "one rank": f"{reference.one_rank[worst]:.1e}", "differ under delays": f"{different} of {delayed}",
         }  # fmt: skip
-        return bench.judged("correctness", name, cells, passed and not different)
+        return bench.judged(self.short, name, cells, passed and not different)
 
 
-def correctness(bench: Bench) -> None:
+def correctness(bench: Bench, edges: bool = False) -> None:
+    """edges: the routings in which ranks differ in what they have to do, and these alone."""
     experts = 4 * bench.world - 1  # the last rank has one less
     layer = Layer(32, 16, experts, 2) if bench.toy else Layer(512, 384, experts, 3)
     for dtype in (torch.float32, torch.bfloat16):
         checks = Checks(bench, layer, dtype)
         for case in cases():
-            if bench.toy and dtype == torch.bfloat16 and case.degrees != (4, 4):
+            if (case.data in EDGES) != edges or (bench.toy and dtype == torch.bfloat16 and case.degrees != (4, 4)):
                 continue
             name = f"{checks.short}, {case}"
-            bench.row("correctness", name, partial(checks.check, case, name))
+            bench.row("edges" if edges else "correctness", name, partial(checks.check, case, name))
 
 
 def most_rows(bench: Bench, layer: Layer, batch: Batch) -> int:
@@ -850,6 +863,15 @@ def make_model(bench: Bench) -> Any:
         return transformers.Qwen3MoeForCausalLM(config).to(torch.float32 if bench.toy else torch.bfloat16)
 
 
+def ready(bench: Bench, layer: Layer) -> None:
+    """The kernels that `optimize` checks a layer with: one number of rows an expert for each tile."""
+    began, spread = time.time(), Spread(bench, layer, own_weights(bench, layer, torch.bfloat16))
+    for tokens in (rows * layer.experts // (layer.top_k * bench.world) for rows in (16, 32, 64, 256)):
+        region, _ = spread.plan(moefx.Options(degree=1, policy="fifo"), tokens)
+        compile_kernels([region], spread.params, random_batch(bench, layer, tokens, torch.bfloat16))
+    bench.log(f"{layer}: kernels ready in {time.time() - began:.1f} s")
+
+
 class Trainee:
     """A model and its training step: forward, backward, gradients of the mean loss on all ranks, AdamW."""
 
@@ -882,6 +904,8 @@ def model(bench: Bench) -> None:
 
     def run(batch: int, length: int) -> dict[str, Any]:
         profile_of(bench)  # so that optimize finds it
+        if bench.cuda:
+            ready(bench, Layer(2048, 768, 128, 8))
         torch.manual_seed(1 + bench.rank)
         ids = torch.randint(0, 1024, (batch, length), device=bench.device)
         trainees: dict[str, Trainee] = {}
@@ -929,34 +953,186 @@ def model(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------ symmetric memory
 
 
+def why_not_symmetric(bench: Bench) -> str:
+    """What an all-to-all on symmetric memory lacks here; "" if nothing."""
+    if not bench.cuda:
+        return "needs CUDA"
+    if not hasattr(torch.ops.symm_mem, "all_to_all_vdev_2d"):
+        return f"torch {torch.__version__} has no symm_mem.all_to_all_vdev_2d"
+    if not memory.is_nvshmem_available():
+        return "NVSHMEM is not in this build of torch, or its library is not found"
+    return ""
+
+
+def symmetric_row(bench: Bench, layer: Layer, tokens: int) -> dict[str, Any]:
+    """The dispatch of a layer by `all_to_all_vdev_2d`, whose counts stay on the device, against counts that the host reads.
+
+    Both end with rows in the order of the experts here; rows start in the order of all experts.
+    """
+    if hasattr(memory, "set_backend"):
+        memory.set_backend("NVSHMEM")
+    group, ranks, held = bench.group.group_name, bench.world, layer.experts // bench.world
+    if hasattr(memory, "enable_symm_mem_for_group"):
+        memory.enable_symm_mem_for_group(group)
+    most = 2 * tokens * layer.top_k  # that may arrive here
+
+    def shared(*shape: int, dtype: torch.dtype) -> Tensor:
+        tensor = memory.empty(*shape, dtype=dtype, device=bench.device)
+        memory.rendezvous(tensor, group)
+        return tensor
+
+    send, out = (shared(n, layer.d_model, dtype=torch.bfloat16) for n in (tokens * layer.top_k, most))
+    splits, received = shared(layer.experts, dtype=torch.int64), shared(2, layer.experts, dtype=torch.int64)
+    ids = random_batch(bench, layer, tokens, torch.bfloat16).ids.reshape(-1)
+    splits.copy_(torch.bincount(ids, minlength=layer.experts))
+    send.copy_(torch.randn(send.shape, device=bench.device))
+    torch.cuda.synchronize()
+    dist.barrier()
+
+    def on_device() -> None:
+        torch.ops.symm_mem.all_to_all_vdev_2d(send, out, splits, received, group)
+
+    def by_host() -> Tensor:
+        arriving = torch.empty_like(splits)
+        dist.all_to_all_single(arriving, splits)
+        both = torch.stack([splits, arriving]).view(2, ranks, held)
+        leaving, coming = both.sum(2).tolist()
+        rows = send.new_empty(sum(coming), layer.d_model)
+        dist.all_to_all_single(rows, send, coming, leaving)
+        expert = torch.arange(held, device=bench.device).repeat(ranks).repeat_interleave(arriving, output_size=len(rows))
+        return rows[expert.argsort(stable=True)]
+
+    on_device()
+    expected, (sizes, starts) = by_host(), received.tolist()
+    pieces = torch.cat([out[start : start + size] for size, start in zip(sizes, starts)])
+    seconds = bench.in_turns({"on the device": on_device, "counts by the host": by_host}, bench.options.rounds)
+    moved = send.nbytes * (ranks - 1) / ranks
+    cells = {
+        **{f"{n} ms": f"{1e3 * t:.3f}" for n, t in seconds.items()},
+        "GB/s out of a rank": f"{moved / seconds['on the device'] / 1e9:.0f}", "_seconds": seconds,
+    }  # fmt: skip
+    return bench.judged("symmetric", f"T={tokens}", cells, torch.equal(pieces, expected))
+
+
 def symmetric(bench: Bench) -> None:
-    """Whether torch has an all-to-all whose counts stay on the device."""
-    def make() -> dict[str, Any]:
-        if not bench.cuda:
-            return {"result": "not available: needs CUDA"}
-
-        if not hasattr(torch.ops.symm_mem, "all_to_all_vdev_2d"):
-            return {"result": f"not available: torch {torch.__version__} has no symm_mem.all_to_all_vdev_2d"}
-        if not memory.is_nvshmem_available():
-            return {"result": "not available: NVSHMEM is not in this build or not found"}
-        return {"result": "available, not measured yet"}
-
-    bench.row("symmetric", "all_to_all_vdev_2d", make)
+    if reason := why_not_symmetric(bench):
+        bench.row("symmetric", "all_to_all_vdev_2d", lambda: {"result": f"not available: {reason}"})
+        return
+    layer = LAYERS["qwen3-30b-a3b"]
+    if layer.experts % bench.world:
+        uneven = {"result": f"skipped: {layer.experts} experts on {bench.world} ranks are uneven"}
+        bench.row("symmetric", "all_to_all_vdev_2d", lambda: uneven)
+        return
+    for tokens in (4096, 16384):
+        name = f"all_to_all_vdev_2d, dispatch of {layer}, T={tokens}"
+        bench.row("symmetric", name, partial(symmetric_row, bench, layer, tokens))
 
 
 # ------------------------------------------------------------------------------------------------ two nodes
 
 
+class Throttled(Pipe):
+    """Pipe-A2A with links between nodes that are EMULATED: rows for another node pass through the sender's host memory.
+
+    one_by_one: the messages between nodes leave when those within the node have passed, as on one channel.
+    """
+
+    one_by_one = False
+
+    def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
+        super().__init__(group, topology)
+        self.link = torch.cuda.Stream() if dist.get_backend(group) == "nccl" else None
+
+    def start(
+        self, send: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], all_rows: Any = None
+    ) -> ThroughHosts:
+        check_rows(self.group, send, sent_rows, received_rows)
+        rows, sends, receives = in_place(self.group, send, sent_rows, received_rows)
+        tag = next_tag(self.group)
+        within = Messages(self._near, self._inside(sends), self._inside(receives), tag)
+        leaving, arriving = self._outside(sends), self._outside(receives)
+        if self.link is None:
+            if self.one_by_one:
+                within.wait()  # gloo's messages can be awaited once
+            between = Messages(self.group, leaving, arriving, tag)
+            return ThroughHosts(rows, [between] if self.one_by_one else [within, between])
+        self.link.wait_stream(torch.cuda.current_stream(send.device))
+        send.record_stream(self.link)
+        rows.record_stream(self.link)
+        with torch.cuda.stream(self.link):
+            if self.one_by_one:
+                within.wait()
+            hosts = {p: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for p, t in leaving.items()}
+            for peer, host in hosts.items():
+                host.copy_(leaving[peer], non_blocking=True)
+            staged = {peer: host.to(send.device, non_blocking=True) for peer, host in hosts.items()}
+            between = Messages(self.group, staged, arriving, tag)
+            done = self.link.record_event()
+        return ThroughHosts(rows, [within, between], done, [*hosts.values(), *staged.values()])
+
+
+class OneByOne(Throttled):
+    one_by_one = True
+
+
+@dataclass
+class ThroughHosts:
+    rows: Tensor
+    messages: Sequence[Messages]
+    done: torch.cuda.Event | None = None
+    held: Sequence[Tensor] = ()  # until then
+
+    def wait(self) -> Tensor:
+        for messages in self.messages:
+            messages.wait()
+        if self.done is not None:
+            here = torch.cuda.current_stream(self.rows.device)
+            here.wait_event(self.done)
+            for tensor in self.held:
+                if tensor.is_cuda:
+                    tensor.record_stream(here)
+        return self.rows
+
+
+def exchange_row(bench: Bench, topology: Topology, mebibytes: float) -> dict[str, Any]:
+    """Times of one exchange in which every rank has as many bytes for each other."""
+    count = max(1, int(mebibytes * 2**20 / 4096))
+    send = torch.randn(count * bench.world, 1024, device=bench.device)
+    counts = [count] * bench.world
+    names = ("throttled_one_by_one", "throttled_pipe")
+    made = {name: exchange_of(name, bench.group, topology) for name in names}
+    works: dict[str, Callable[[], Any]] = {n: lambda e=e: e.start(send, counts, counts).wait() for n, e in made.items()}
+    one, both = (work() for work in works.values())
+    expected = exchange_of("direct", bench.group, topology).start(send, counts, counts).wait()
+    passed = torch.equal(one, expected) and torch.equal(both, expected)
+    # The two channels apart: messages within the node alone, and between nodes alone.
+    mates = topology.members(topology.nodes[bench.rank])
+    inside = [count if rank in mates else 0 for rank in range(bench.world)]
+    outside = [count - n for n in inside]
+    rows = {"within": send[: sum(inside)].contiguous(), "between": send[: sum(outside)].contiguous()}
+    pipe = made["throttled_pipe"]
+    works["within alone"] = lambda: pipe.start(rows["within"], inside, inside).wait()
+    works["between alone"] = lambda: pipe.start(rows["between"], outside, outside).wait()
+    seconds = bench.in_turns(works, 2 if bench.toy else bench.options.rounds)
+    slow, fast = (seconds[name] for name in names)
+    apart = seconds["within alone"], seconds["between alone"]
+    cells = {f"{n} ms": f"{1e3 * s:.3f}" for n, s in seconds.items()} | {
+        "one by one / pipe": f"{slow / fast:.2f}", "sum / max": f"{sum(apart) / max(apart):.2f}", "_seconds": seconds,
+    }  # fmt: skip
+    return bench.judged("nodes", f"{mebibytes} MiB", cells, passed)
+
+
 def nodes(bench: Bench) -> None:
-    def make() -> dict[str, Any]:
-        if bench.world < 4:
-            return {"result": f"skipped: needs 4 ranks, there are {bench.world}"}
-        return {"result": "not measured yet"}
-
-    bench.row("nodes", "pairs of ranks as nodes", make)
-
-
-# ------------------------------------------------------------------------------------------------ main
+    if bench.world < 4 or bench.world % 2:
+        skipped = {"result": f"skipped: needs 4, 6 or 8 ranks, there are {bench.world}"}
+        bench.row("nodes", "pairs of ranks as nodes", lambda: skipped)
+        return
+    for name, make in (("throttled_pipe", Throttled), ("throttled_one_by_one", OneByOne)):
+        moefx.register_all_to_all(name, make)
+    topology = Topology(tuple(rank // 2 for rank in range(bench.world)))
+    for mebibytes in (0.01, 0.1) if bench.toy else (1, 4, 16, 64):
+        row = partial(exchange_row, bench, topology, mebibytes)
+        bench.row("nodes", f"EMULATED links, {bench.world // 2} nodes of 2, {mebibytes} MiB a pair", row, reserve_s=5)
 
 
 def work(options: argparse.Namespace) -> int:
@@ -969,7 +1145,7 @@ def work(options: argparse.Namespace) -> int:
     bench = Bench(options)
     parts: dict[str, Callable[[Bench], None]] = {
         "correctness": correctness, "calibrate": calibration, "layers": layers, "trace": trace, "model": model,
-        "symmetric": symmetric, "nodes": nodes,
+        "edges": partial(correctness, edges=True), "symmetric": symmetric, "nodes": nodes,
     }  # fmt: skip
     for name in PARTS:
         if name in options.only:

@@ -51,6 +51,13 @@ def test_all_parts_run(tmp_path: Path) -> None:
     assert "0 failed" in text
 
 
+def test_nodes_of_two(tmp_path: Path) -> None:
+    """Both ways over throttled links bring what the direct exchange brings."""
+    code, text, results = run(tmp_path, 4, "--only", "nodes")
+    assert code == 0, text
+    assert [row["result"] for row in results["rows"]["nodes"]] == ["OK", "OK"]
+
+
 CRASH = """
 import os, sys
 sys.path[:0] = [{benchmarks!r}, {root!r}]
