@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class Routing:
     axis: int = -1
     order: tuple[int, ...] | None = None
     keep: Value | None = None
+    scaled: bool = field(init=False, repr=False)  # a constant for Dynamo, which numbers may not be
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scaled", self.scale != 1.0)
 
     @property
     def values(self) -> tuple[Value, ...]:
@@ -54,7 +58,7 @@ class Routing:
         return (
             text
             + ("" if self.w is not None else ", weight 1")
-            + (f", scaled by {self.scale:g}" if self.scale != 1 else "")
+            + (f", scaled by {self.scale:g}" if self.scaled else "")
         )
 
 
@@ -100,7 +104,7 @@ def region_inputs(
     else:
         assert ids is not None
         found, weights = _of_slots(routing, experts, tokens, ids, w, keep)
-    if routing.scale == 1.0:
+    if not routing.scaled:
         return found, weights
     if weights is None:
         return found, torch.full(found.shape, routing.scale, device=found.device)
