@@ -180,6 +180,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", type=lambda text: text.split(","), help=f"parts: {', '.join(PARTS)}")
     parser.add_argument("--rows", default="", help="a regular expression: the rows with such names alone")
     parser.add_argument("--degrees", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--reserve", type=int, default=0, help="multiprocessors that chunked plans of layers and traces leave free")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model-layers", type=int, default=3)
     parser.add_argument("--recalibrate", action="store_true", help="measure costs again, where they are in the user's cache")

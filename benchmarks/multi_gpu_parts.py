@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import math
 import os
@@ -82,6 +83,7 @@ class Bench:
         device = torch.cuda.get_device_name() if self.cuda else "CPU"
         self.result.head = f"{self.world} x {device}, torch {torch.__version__}{', toy sizes' if self.toy else ''}"
         settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("NCCL_", "TORCH_NCCL_"))]
+        settings += [f"reserve={options.reserve}"] if options.reserve else []
         self.result.head += f"; {' '.join(settings)}" if self.cuda else ""
         self.log(f"{self.result.head}; attempt {attempt}, {self.deadline - time.time():.0f} s left")
 
@@ -311,21 +313,40 @@ def random_batch(bench: Bench, layer: Layer, tokens: int, dtype: Any) -> Batch:
     return Batch(x.requires_grad_(), ids, (w / w.sum(1, keepdim=True)).to(dtype), gy)
 
 
-def compile_kernels(regions: Iterable[Any], params: dict[str, Tensor], batch: Batch) -> None:
+@contextmanager
+def beside(region: Any, reserve: int) -> Iterator[None]:
+    """Inside, persistent kernels of a plan with several chunks leave so many multiprocessors to the exchanges beside them."""
+    if not reserve or max(region.degrees) == 1:
+        yield
+        return
+    users = [importlib.import_module(f"moefx.codegen.{name}") for name in ("triton_grouped", "triton_pointwise")]
+    all_of_them = users[0].multiprocessors
+    try:
+        for module in users:
+            module.multiprocessors = lambda device: all_of_them(device) - reserve
+        yield
+    finally:
+        for module in users:
+            module.multiprocessors = all_of_them
+
+
+def compile_kernels(regions: Iterable[Any], params: dict[str, Tensor], batch: Batch, reserve: int = 0) -> None:
     """All kernels of these plans at once, instead of one after the other when they first run."""
     for region in regions:
         # Nothing runs meanwhile, so orders of rows are arbitrary: no plan may pick rows by them.
         if region.degrees[0] == region.degrees[1] and region.wire.capacity is None:
-            region.precompile(batch.x, batch.ids, batch.w, params, [list(params)])
+            with beside(region, reserve):
+                region.precompile(batch.x, batch.ids, batch.w, params, [list(params)])
 
 
-def step(region: Any, params: dict[str, Tensor], batch: Batch) -> Callable[[], None]:
+def step(region: Any, params: dict[str, Tensor], batch: Batch, reserve: int = 0) -> Callable[[], None]:
     """Forward and backward, with gradients of tokens and weights."""
 
     def run() -> None:
         for tensor in (batch.x, *params.values()):
             tensor.grad = None
-        region(batch.x, batch.ids, batch.w, params).backward(batch.gy)
+        with beside(region, reserve):
+            region(batch.x, batch.ids, batch.w, params).backward(batch.gy)
 
     return run
 
@@ -632,8 +653,8 @@ def layer_row(bench: Bench, shape: Shape, tokens: int) -> dict[str, Any]:
     plans = {name: spread.plan(options, tokens) for name, options in variants.items()}
     alone, _ = spread.plan(moefx.Options(degree=1), tokens)
     alone.wire = replace(alone.wire, all_to_all=Nowhere())
-    compile_kernels([region for region, _ in plans.values()], spread.params, batch)
-    works = {name: step(region, spread.params, batch) for name, (region, _) in plans.items()}
+    compile_kernels([region for region, _ in plans.values()], spread.params, batch, bench.options.reserve)
+    works = {name: step(region, spread.params, batch, bench.options.reserve) for name, (region, _) in plans.items()}
     seconds = bench.in_turns({**works, "no wire": step(alone, spread.params, batch)}, rounds)
     predicted = {n: sum(t.makespan_s for t in timelines) for n, (_, timelines) in plans.items() if all(timelines)}
     compute = seconds.pop("no wire")
@@ -743,8 +764,8 @@ def trace_row(bench: Bench, shape: Shape, name: str, tokens: int, variant: str) 
     spread, batch = shape.spread, random_batch(bench, shape.layer, tokens, shape.spread.dtype)
     options = moefx.Options() if variant == "auto" else moefx.Options(degree=int(variant[2:]))
     region, _ = spread.plan(options, tokens)
-    compile_kernels([region], spread.params, batch)
-    run = step(region, spread.params, batch)
+    compile_kernels([region], spread.params, batch, bench.options.reserve)
+    run = step(region, spread.params, batch, bench.options.reserve)
     for _ in range(3):
         run()
     bench.synchronize()

@@ -211,13 +211,13 @@ def local_probes(device: str, scale: float = 1.0) -> list[Probe]:
 
 def codec_probes(device: str, scale: float = 1.0) -> list[Probe]:
     """Every codec that is known, there and back: half of the time is that of one way, as the cost of a task counts it."""
-    from moefx.codegen.codecs import CODECS
+    from moefx.codegen.codecs import CODECS, codec_for
 
     width, dtype = (2048, torch.bfloat16) if device == "cuda" else (256, torch.float32)
     low, high = (max(8, round(scale * rows)) for rows in ((1024, 65536) if device == "cuda" else (64, 4096)))
 
     def probe(name: str) -> Probe:
-        codec = CODECS[name]
+        codec = codec_for(name, device)
 
         def make(rows: int) -> tuple[Callable[[], Any], float]:
             x = torch.randn(rows, width, device=device).to(dtype)
