@@ -7,6 +7,7 @@ nothing is tuned at run time, and the number of tokens changes no compile-time c
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from moefx.codegen.triton_launch import (
     check_dtypes,
+    compiling,
     described,
     described_rows,
     expert_tile,
@@ -23,6 +25,7 @@ from moefx.codegen.triton_launch import (
     halves,
     interpreted,
     launch,
+    launch_block,
     load_rows,
     multiprocessors,
     on_device,
@@ -38,6 +41,10 @@ from moefx.errors import InputError
 
 # Row tiles whose programs run near each other walk over the same columns of the weight, which stays in the L2 cache.
 GROUP = 8
+# Stages of block kernels, as the chip turned out to have room for; see `launch_block`.
+STAGES: dict[Hashable, int] = {}
+# The rows of a tile: few sizes, so that few kernels serve all numbers of tokens.
+ROWS = (16, 64, 128)
 # From so many rows an expert on, at the mean, tiles of 128 rows are mostly full, and the copy engine pays.
 MANY_ROWS = 65
 
@@ -64,9 +71,9 @@ def choose_tile(
 ) -> Tile:
     """The tile of a grouped product: by dtype, mean rows per expert, result columns and the chip's shared memory.
 
-    Rows: the least power of two >= rows_per_expert in 16..128, so that a tile is not mostly padding.
+    Rows: the least of ROWS that holds rows_per_expert, so that a tile is not mostly padding.
     """
-    rows = power_of_2(rows_per_expert, least=16, most=128)
+    rows = next((n for n in ROWS if n >= rows_per_expert), ROWS[-1])
     if dtype.itemsize == 2:
         if rows < 128:
             tile = Tile(rows, 128, 64, 4, 4)
@@ -87,12 +94,15 @@ def choose_tile(
     return tile
 
 
-def tile_for(rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1) -> Tile:
-    """`choose_tile` for these operands; a small tile in the interpreter."""
+def tiles_for(rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1) -> list[Tile]:
+    """`choose_tile` for these operands; all that another number of rows would choose while kernels are only made ready; a
+    small tile in the interpreter."""
     if interpreted():
-        return Tile(32, 32, 32, 4, 1)
-    precision = float32_precision()
-    return choose_tile(rows.dtype, precision, -(-total_rows // experts), columns, shared_bytes(rows.device), products)
+        return [Tile(32, 32, 32, 4, 1)]
+    sizes = ROWS if compiling() else [-(-total_rows // experts)]
+    of_chip = shared_bytes(rows.device)
+    tiles = [choose_tile(rows.dtype, float32_precision(), n, columns, of_chip, products) for n in sizes]
+    return list(dict.fromkeys(tiles))
 
 
 # ------------------------------------------------------------------------------------------------ rows @ weight
@@ -197,29 +207,28 @@ def block_linear_kernel(
 def _launch_block_linear(rows: Tensor, weight: Tensor, offsets: Tensor, out: Tensor) -> bool:
     """The product by `block_linear_kernel`; False where it does not apply."""
     experts, inner, columns = weight.shape
-    if -(-rows.shape[0] // experts) < MANY_ROWS or columns < 128:
+    if columns < 128 or not many_rows(rows.shape[0], experts):
         return False
     tile = Tile(128, 256 if columns >= 256 else 128, 64, 8, 4)
     inner_last = weight.stride(1) == 1
     block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
     a, o = described(rows, (tile.rows, tile.inner)), described_rows(out, (tile.rows, tile.columns // 2))
     b = described(weight.transpose(1, 2) if inner_last else weight, block)
-    if a is None or b is None or o is None or not fits(tile, rows.device):
+    if a is None or b is None or o is None:
         return False
-    programs = multiprocessors(rows.device)
+    programs, key = multiprocessors(rows.device), ("linear", rows.device, inner_last, tile)
     with on_device(rows):
-        launch(
-            block_linear_kernel, (programs,),
+        return launch_block(
+            STAGES, key, tile.stages, block_linear_kernel, (programs,),
             a, b, offsets, o, inner, experts, triton.cdiv(columns, tile.columns), INNER_LAST=inner_last,
             GROUP=group_for(weight), PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns,
-            BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+            BK=tile.inner, num_warps=tile.warps,
         )  # fmt: skip
-    return True
 
 
-def fits(tile: Tile, device: torch.device) -> bool:
-    """Whether the operands' buffers of a 16-bit tile, and half a tile on its way out, have room in shared memory."""
-    return tile.shared_bytes(2) + tile.rows * tile.columns + 1024 <= shared_bytes(device)
+def many_rows(rows: int, experts: int) -> bool:
+    """Whether blocks of 128 rows suit; yes while kernels are only made ready for any number of rows."""
+    return compiling() or -(-rows // experts) >= MANY_ROWS
 
 
 def group_for(weight: Tensor) -> int:
@@ -238,8 +247,8 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     rows = unit_columns(rows)
     total = rows.shape[0] if order is None else order.numel()
     out = rows.new_empty(total, columns)
-    if out.numel() and not (order is None and _launch_block_linear(rows, weight, offsets, out)):
-        tile = tile_for(rows, total, experts, columns)
+    done = not out.numel() or (order is None and _launch_block_linear(rows, weight, offsets, out))
+    for tile in tiles_for(rows, total, experts, columns) if compiling() or not done else []:
         tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(columns, tile.columns)
         with on_device(rows):
             launch(
@@ -339,20 +348,23 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
     if out.stride(1) == 1 and out.stride(2) != 1:  # so that neighbouring results lie side by side in memory
         return _launch_block_wgrad(grad, rows, offsets, out.transpose(1, 2), add)
     # With few rows, most of the time goes into writing: two programs a multiprocessor do it in turns.
-    few = rows.shape[0] < 512 * experts or columns < 256
-    tile = Tile(128, 128, 64, 4, 3) if few else Tile(128, 256, 64, 8, 3)
-    a, b = described_rows(rows, (tile.inner, tile.rows)), described_rows(grad, (tile.inner, tile.columns))
-    o = described(out, (1, tile.rows, tile.columns // 2))
-    if a is None or b is None or o is None or not fits(tile, rows.device):
-        return False
-    tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
-    with on_device(rows):
-        launch(
-            block_wgrad_kernel, (experts * tiles_i * tiles_o,),
-            a, b, offsets, o, tiles_i, tiles_o, ADD=add, GROUP=GROUP,
-            BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return True
+    for_few, for_many = Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3)
+    tiles = [for_few] if rows.shape[0] < 512 * experts or columns < 256 else [for_many]
+    if compiling() and columns >= 256:
+        tiles = [for_few, for_many]
+    for tile in tiles:
+        a, b = described_rows(rows, (tile.inner, tile.rows)), described_rows(grad, (tile.inner, tile.columns))
+        o = described(out, (1, tile.rows, tile.columns // 2))
+        if a is None or b is None or o is None:
+            return False
+        tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
+        with on_device(rows):
+            done = launch_block(
+                STAGES, ("wgrad", rows.device, tile), tile.stages, block_wgrad_kernel, (experts * tiles_i * tiles_o,),
+                a, b, offsets, o, tiles_i, tiles_o, ADD=add, GROUP=GROUP,
+                BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps,
+            )  # fmt: skip
+    return done
 
 
 def _launch_wgrad(
@@ -378,7 +390,7 @@ def _launch_wgrad(
     rows, grad = unit_columns(rows), unit_columns(grad)
     if order is None and _launch_block_wgrad(rows, grad, offsets, out, add):
         return
-    tile = tile_for(rows, 128 * experts, experts, columns)  # every tile of the matrix is full, whatever the rows
+    tile = tiles_for(rows, 128 * experts, experts, columns)[-1]  # every tile of the matrix is full, whatever the rows
     tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
     with on_device(rows):
         launch(

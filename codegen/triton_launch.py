@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -153,10 +154,33 @@ def only_compiling() -> Iterator[None]:
 
 
 def _load(kernel: Any, device: int | None) -> None:
-    """Brings a compiled kernel onto the device and builds its launcher, which Triton would do at its first launch."""
+    """Brings a compiled kernel onto the device and builds its launcher, which Triton would do at its first launch.
+
+    One that needs more of the chip than there is stays as it is: `launch_block` takes a smaller one at its first launch.
+    """
     ready = kernel.result() if hasattr(kernel, "result") else kernel  # of a compilation that ran side by side
     with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
-        ready.run  # noqa: B018 - a property that does both
+        with contextlib.suppress(OutOfResources):
+            ready.run  # noqa: B018 - a property that does both
+
+
+def compiling() -> bool:
+    """Whether kernels are only made ready now: then those for all numbers of rows are launched."""
+    return _compiled is not None
+
+
+def launch_block(
+    stages: dict[Hashable, int], key: Hashable, most: int, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
+) -> bool:
+    """`launch` with as many stages as the chip has room for, at most `most`; False where even two do not fit. How much
+    shared memory a kernel takes is known when it is compiled: what was found out is kept in `stages` under `key`."""
+    while (n := stages.setdefault(key, most)) >= 2:
+        try:
+            launch(kernel, grid, *args, num_stages=n, **options)
+            return True
+        except OutOfResources:
+            stages[key] = n - 1
+    return False
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -218,4 +242,4 @@ def unit_columns(tensor: torch.Tensor) -> torch.Tensor:
 
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
     """The power of two not below n, kept within [least, most]."""
-    return max(least, min(most, triton.next_power_of_2(max(n, 1))))
+    return max(least, min(most, 1 << (max(n, 1) - 1).bit_length()))

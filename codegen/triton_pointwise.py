@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from textwrap import indent
@@ -25,10 +25,12 @@ import triton
 from moefx.codegen import triton_grouped
 from moefx.codegen.triton_launch import (
     check_dtypes,
+    compiling,
     described,
     described_rows,
     float32_precision,
     launch,
+    launch_block,
     multiprocessors,
     on_device,
     power_of_2,
@@ -766,6 +768,7 @@ class Pointwise:
         self.template, self.segment, self._sources = template, segment, sources
         self._leaf_widths = [(*leaves[i].shape, 1)[0] for i in segment.leaves]
         self._dtypes: dict[tuple[torch.dtype, ...], list[torch.dtype]] = {}
+        self._stages: dict[Hashable, int] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pointwise:
         return self
@@ -889,8 +892,9 @@ class Pointwise:
         # Not saved products are not written: any tensor of the right dtype stands for them.
         products = [rows.new_empty(total, n) if save else rows for n in widths]
         outputs = self._new_outputs([rows.dtype] * len(widths), leaves, rows, total)
-        if total and not self._launch_block(rows, weights, products, leaves, outputs, offsets, order, top_k, save):
-            tile = triton_grouped.tile_for(rows, total, experts, sources.width, sources.products)
+        done = not total or self._launch_block(rows, weights, products, leaves, outputs, offsets, order, top_k, save)
+        tiles = triton_grouped.tiles_for(rows, total, experts, sources.width, sources.products)
+        for tile in tiles if compiling() or not done else []:
             tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(sources.width, tile.columns)
             args: list[Any] = []
             for weight, product in zip(weights, products):
@@ -924,7 +928,7 @@ class Pointwise:
         wide = self._sources.products == 1 and width >= 256
         tile = triton_grouped.Tile(128, 256 if wide else 128, 64, 8, 4 if self._sources.products == 2 else 3)
         inner_last = weights[0].stride(1) == 1
-        apply = per_expert >= triton_grouped.MANY_ROWS and width >= 128
+        apply = width >= 128 and triton_grouped.many_rows(outputs[0].shape[0], experts)
         if not apply or any((w.stride(1) == 1) != inner_last for w in weights):
             return False
         if order is not None and (inner % tile.inner or rows.element_size() != 2):
@@ -942,19 +946,19 @@ class Pointwise:
             whole = [1, *block, tile.inner] if inner_last else [1, tile.inner, *block]
             args += [described(base, whole), *(described_rows(out, (tile.rows, tile.columns)) for out in outs)]
         results = [described_rows(out, (tile.rows, tile.columns)) for out in outputs]
-        if left is None or None in args or None in results or not triton_grouped.fits(tile, rows.device):
+        if left is None or None in args or None in results:
             return False
         programs, group = multiprocessors(rows.device), triton_grouped.group_for(weights[0])
+        key = (rows.device, inner_last, order is not None, save, tile)
         with on_device(rows):
-            launch(
-                self._kernels[f"{self.segment.name}_block"], (programs,),
+            return launch_block(
+                self._stages, key, tile.stages, self._kernels[f"{self.segment.name}_block"], (programs,),
                 left, offsets if order is None else order, *args, *self._leaf_args(leaves), *results, offsets,
                 inner, rows.stride(0), experts, triton.cdiv(width, tile.columns), top_k, SAVE=save,
                 GATHER=order is not None, INNER_LAST=inner_last, GROUP=max(group, 8 if per_expert >= 1024 else 1),
                 PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
-                num_warps=tile.warps, num_stages=tile.stages,
+                num_warps=tile.warps,
             )  # fmt: skip
-        return True
 
     def _checked(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
         name = self.segment.name

@@ -119,17 +119,17 @@ class Leaf:
     def experts(self) -> int:
         return len(self.params)
 
-    @property
+    @cached_property
     def stacked(self) -> bool:
         """All experts live in one parameter."""
         return len(set(self.params)) == 1
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Every expert uses the very same values (for example one norm weight for all)."""
         return len(set(zip(self.params, self.offsets))) == 1 and self.experts > 1
 
-    @property
+    @cached_property
     def expert_stride(self) -> int | None:
         """Distance between experts in a stacked parameter, or None when it is not constant."""
         steps = {b - a for a, b in zip(self.offsets, self.offsets[1:])}
