@@ -34,11 +34,12 @@ from moefx.errors import Decline, InputError
 from moefx.options import Options
 from moefx.passes import find
 from moefx.passes._lift import Lifter
+from moefx.passes.beside import beside
 from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
 from moefx.passes.capture import capture
 from moefx.report import DeclinedBlock, FoundBlock, Report, graphs_of
 from moefx.routing import Hypothesis
-from moefx.trace import Trace, precision
+from moefx.trace import Trace, Value, precision
 
 log = logging.getLogger(__name__)
 
@@ -170,12 +171,22 @@ def _realise(
     variant = Variant(
         compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
-        tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed),
+        tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph,
+        _order_matters(hypothesis.trace),
     )  # fmt: skip
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)
     variant.errors.update(errors)
     return variant
+
+
+RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "normal", "uniform", "exponential", "gumbel", "poisson")
+
+
+def _order_matters(trace: Trace) -> bool:
+    """Whether the block draws random numbers, or changes its inputs in place."""
+    given = {v.storage for v in trace.inputs if isinstance(v, Value)}
+    return any(any(r in c.name for r in RANDOM) or any(v.storage in given for v in c.writes) for c in trace.calls)
 
 
 def _inputs(
@@ -270,7 +281,7 @@ def optimize(
     except Exception:
         del model.__dict__[_STATE]
         raise
-    _rewrite(model, seen, options, report, replace=True)
+    _rewrite(model, seen, options, report, replace=True, wide=mesh is not None)
     if mesh is not None:
         try:
             _parallel().distribute(model, mesh, options, report, seen.examples)
@@ -437,7 +448,7 @@ class _Waiting:
     def _rewrite(self, seen: search.Observation) -> None:
         state = self.model.__dict__[_STATE]
         state["report"].pending = False
-        _rewrite(self.model, seen, state["options"], state["report"], replace=True)
+        _rewrite(self.model, seen, state["options"], state["report"], replace=True, wide=state["mesh"] is not None)
         if state["mesh"] is not None:
             _parallel().distribute(self.model, state["mesh"], state["options"], state["report"], seen.examples)
 
@@ -475,42 +486,73 @@ class _BeforeTracing:
         return _BeforeTracing(copy.deepcopy(self.waiting, memo))
 
 
-def _rewrite(model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool) -> None:
-    """Tries every candidate, deepest first; equal structures share one analysis."""
-    with probe.neutral():
-        _rewrite_candidates(model, seen, options, report, replace)
-
-
-def _rewrite_candidates(
-    model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool
+def _rewrite(
+    model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool, wide: bool = False
 ) -> None:
-    start = time.perf_counter()
-    modules = dict(model.named_modules())
-    analysed: dict[Any, tuple[str, dict[Any, Variant | Decline]]] = {}
-    done: list[str] = []
-    for name in search.candidates(model, seen):
-        if any(n == name or not name or n.startswith(name + ".") for n in done):
-            continue  # a smaller part of it was rewritten
-        module, example = modules[name], seen.examples[name]
-        if rewritten(module) is not None:
+    """Tries every candidate, deepest first; equal structures share one analysis. wide: see `_Search.wider`."""
+    with probe.neutral():
+        _Search(model, seen, options, report).run(replace, wide)
+
+
+class _Search:
+    """One pass over the candidates of a model."""
+
+    def __init__(self, model: nn.Module, seen: search.Observation, options: Options, report: Report) -> None:
+        self.model, self.seen, self.options, self.report = model, seen, options, report
+        self.modules = dict(model.named_modules())
+        self.analysed: dict[Any, tuple[str, dict[Any, Variant | Decline]]] = {}
+
+    def run(self, replace: bool, wide: bool) -> None:
+        start = time.perf_counter()
+        done: list[str] = []
+        for name in search.candidates(self.model, self.seen):
+            if any(n == name or not name or n.startswith(name + ".") or name.startswith(n + ".") for n in done):
+                continue  # a smaller part of it was rewritten, or all around it
+            if rewritten(self.modules[name]) is not None:
+                done.append(name)
+                continue
+            first, forward, variant = self.attempt(name)
+            if isinstance(variant, Decline):
+                if first == name:
+                    self.report.declined.append(DeclinedBlock(name, variant.reason, variant.nearest, variant.location))
+                continue
+            alone = wide and beside(variant.graph, variant.ordered) is None
+            if alone and (around := self.wider(name)) is not None:
+                name, first, forward, variant = around
             done.append(name)
-            continue
+            self.report.found.append(_found(name, forward, variant, "" if first == name else first))
+            if replace:
+                install(self.modules[name], forward)
+            log.info("found %s: %s", name, self.report.found[-1].routing)
+        self.report.seconds = time.perf_counter() - start
+
+    def attempt(self, name: str) -> tuple[str, RewrittenForward, Variant | Decline]:
+        """The analysis of a candidate, and the name of the first one of its structure."""
+        module, example = self.modules[name], self.seen.examples[name]
         key = (search.structure_key(module), _signature(example), module.training)
-        first, variants = analysed.setdefault(key, (name, {}))
-        analyser = Analyser(options)
+        first, variants = self.analysed.setdefault(key, (name, {}))
+        analyser = Analyser(self.options)
         forward = RewrittenForward(module, analyser, variants)
         with analyser.keeping():
-            variant = _try(module, forward, analyser, example, first == name)
-        if isinstance(variant, Decline):
-            if first == name:
-                report.declined.append(DeclinedBlock(name, variant.reason, variant.nearest, variant.location))
-            continue
-        done.append(name)
-        report.found.append(_found(name, forward, variant, "" if first == name else first))
-        if replace:
-            install(module, forward)
-        log.info("found %s: %s", name, report.found[-1].routing)
-    report.seconds = time.perf_counter() - start
+            return first, forward, _try(module, forward, analyser, example, first == name)
+
+    def wider(self, name: str) -> tuple[str, str, RewrittenForward, Variant] | None:
+        """The module around a block, if it computes something during which rows could travel, such as a shared expert.
+
+        For several ranks, where that is worth more than the router's code as it stands.
+        """
+        around = name.rpartition(".")[0]
+        if around == name or around not in self.seen.examples or rewritten(self.modules[around]) is not None:
+            return None
+        inside = {id(p) for p in self.modules[name].parameters()}
+        others = [p for p in self.modules[around].parameters() if p.dim() == 2 and id(p) not in inside]
+        if len(others) < 3:  # a router, and a shared expert's two at least
+            return None
+        first, forward, variant = self.attempt(around)
+        if isinstance(variant, Decline) or beside(variant.graph, variant.ordered) is None:
+            log.debug("nothing beside %s in %s: %s", name, around, variant if isinstance(variant, Decline) else "no work")
+            return None
+        return around, first, forward, variant
 
 
 class Analyser:

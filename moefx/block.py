@@ -59,6 +59,8 @@ class Variant:
     stages: tuple[tuple[str, str], ...]  # (stage, text)
     settings: tuple[tuple[str, str, Any], ...] = ()  # plain attributes it was made for: (module, name, value)
     types: tuple[tuple[str, type], ...] = ()  # of the submodules whose code it stands for
+    graph: Any = None  # fx.Graph of `forward`
+    ordered: bool = False  # what it draws at random, or changes in place, makes the order of its operations matter
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten forward on normalised arguments (see `probe.bind`)."""
@@ -95,6 +97,16 @@ class Moe:
         else:
             y = compiled(tokens, slots, weights, params)
         return y.reshape(*x.shape[:-1], self.variant.region.d_out)
+
+    def begin(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Any:
+        """With experts on several ranks: `routed`, of which `end` waits for the result."""
+        return x.shape[:-1], self.variant.compiled.begin(*self.inputs(x, ids, w, keep))
+
+    def end(self, begun: Any) -> Tensor:
+        """The routed output of a call that was begun."""
+        lead, call = begun
+        y: Tensor = call.end()
+        return y.reshape(*lead, self.variant.region.d_out)
 
     def inputs(
         self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None

@@ -32,17 +32,19 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
 from moefx import calibrate, probe, verify
+from moefx.begun import Begun, BegunBackward, Steps, first_part, second_part
 from moefx.block import RewrittenForward, Variant, rewritten
 from moefx.build import ParallelPlans, compile_parallel
 from moefx.codegen.all_to_all import Topology, make_all_to_all
 from moefx.codegen.codecs import CODECS, codec_for
-from moefx.compiled import CompiledRegion
+from moefx.compiled import CompiledRegion, Saved, _autocast_dtype
 from moefx.costs import Sizes
 from moefx.errors import Decline, InputError
 from moefx.exchange import Counted, Padded, Wire, experts_of
 from moefx.ir import Leaf, Region
 from moefx.leaves import LeafBinder, LeafGradients
 from moefx.options import Options
+from moefx.passes.beside import beside
 from moefx.profile import Profile, cache_path, device_name
 from moefx.report import FoundBlock, Report
 from moefx.runtime import Runtime, ops_for
@@ -168,10 +170,59 @@ class ParallelRegion(CompiledRegion):
         return self.plans[0].degree, self.plans[1].degree
 
     def __call__(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        return self.begin(x, ids, w, params).end()
+
+    def begin(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> Begun:
+        """Sends what is to be sent first; `end` of the result gives y."""
         local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in params.items()}
         if torch.is_grad_enabled() and any(isinstance(leaf, Absent) and leaf.trained for leaf in self.held.leaves):
             w = w if w.requires_grad else w.detach().requires_grad_()  # not x: its gradients travel, or not, on all ranks
-        return super().__call__(x, ids, w, local)
+        self._check(x, ids, w, local)
+        return Begun(self, x, ids, w, [local[name] for name in self.binder.names], _autocast_dtype(x.device.type))
+
+    def begin_forward(
+        self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None, keep: bool = True,
+        may_pack: bool = True,
+    ) -> Steps:  # fmt: skip
+        """`run_forward` up to where the caller's code may run."""
+        leaves = self._bind(tensors, matrix_dtype, may_pack)
+        steps: Any = self.emitted.forward(self._runtime(x.device, "forward", keep), x, ids, w, leaves)
+        return first_part(steps, x.device.type)
+
+    def run_forward(
+        self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None, keep: bool = True,
+        may_pack: bool = True,
+    ) -> tuple[Tensor, Saved]:  # fmt: skip
+        result: tuple[Tensor, Saved]
+        result = second_part(self.begin_forward(x, ids, w, tensors, matrix_dtype, keep, may_pack), x.device.type)
+        return result
+
+    def begin_backward(
+        self, saved: Saved, gy: Tensor, tensors: list[Tensor], wanted: list[bool], need_x: bool,
+        matrix_dtype: torch.dtype | None, may_pack: bool = True,
+    ) -> tuple[Steps, LeafGradients]:  # fmt: skip
+        """`backward_blocks` up to where other nodes may run, and the gradients that it fills."""
+        named = dict(zip(self.binder.names, tensors))
+        leaves = self._bind(tensors, matrix_dtype, may_pack)
+        grads = self.binder.gradients(named, {name for name, want in zip(named, wanted) if want})
+        steps: Any = self.emitted.backward(self._runtime(gy.device, "backward"), saved, gy, leaves, grads.leaves, need_x)
+        return first_part(steps, gy.device.type), grads
+
+    def end_backward(
+        self, begun: BegunBackward, wanted: list[bool], device_type: str
+    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+        """What `run_backward` gives."""
+        gx, gw = second_part(begun.steps, device_type)
+        with torch.no_grad():
+            by_name = begun.leaves.finish()
+        return gx, gw, [by_name[name] if want else None for name, want in zip(self.binder.names, wanted)]
+
+    def run_backward(
+        self, saved: Saved, gy: Tensor, tensors: list[Tensor], wanted: list[bool], need_x: bool,
+        matrix_dtype: torch.dtype | None,
+    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:  # fmt: skip
+        steps, grads = self.begin_backward(saved, gy, tensors, wanted, need_x, matrix_dtype)
+        return self.end_backward(BegunBackward(steps, grads, ()), wanted, gy.device.type)
 
     def _runtime(self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True) -> Runtime:
         ops = ops_for(device.type, self.kernels)
@@ -281,7 +332,7 @@ def distribute(
         plans = decided[about]
         one = replace(wire, experts=region.experts, layer=name or "the model")
         compiled = ParallelRegion(region, held.region, plans, options.kernels, one)
-        spread: dict[Any, Variant | Decline] = {key: replace(v, compiled=compiled) for key, v in variants.items()}
+        spread: dict[Any, Variant | Decline] = {key: _spread(v, compiled) for key, v in variants.items()}
         sharded = ShardedForward(forward, spread, held, mesh)
         if not found.same_as:
             error = _check(module, forward, sharded, example, group)
@@ -291,6 +342,13 @@ def distribute(
         _rewrite_report(report, found, compiled, held, mesh)
     # torch's DistributedDataParallel leaves these alone
     model.__dict__["_ddp_params_and_buffers_to_ignore"] = [name for name, _ in expert_parameters(model)]
+
+
+def _spread(variant: Variant, compiled: ParallelRegion) -> Variant:
+    """The same block with experts on ranks; what it computes beside them runs during their exchanges."""
+    changed = beside(variant.graph, variant.ordered)
+    source, forward = changed or (variant.source, variant.forward)
+    return replace(variant, compiled=compiled, source=source, forward=forward)
 
 
 def _agree(group: dist.ProcessGroup, model: nn.Module, options: Options, report: Report) -> None:

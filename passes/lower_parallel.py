@@ -13,7 +13,8 @@ Each rank does this, for its own T tokens and the E_local experts it holds; name
 Backward is the same way for gradients: gr (of h) goes to the experts and arrives as rgy, rgx comes back as gxr; W adds to the
 gradients of the weights whenever it has time. C and D encode and decode what is exchanged, where there is a codec. An
 exchange begins in its task on the lane of its link, and `arrive` waits for it where its rows are needed, so links need no
-events.
+events. Before the first of these the plan yields: there the block's own code runs that needs no result of the region, such
+as a shared expert (`passes/beside.py`).
 
 Backward may have another degree. Its chunks then pick their rows out of what all chunks of forward saved: `*_all`.
 
@@ -52,6 +53,7 @@ from moefx.segments import x_value
 
 # Values of the rows that arrive, beside those of the tokens.
 ARRIVED = {"x": "rx", "order": "rorder", "offsets": "roffsets", "position": "rposition"}
+BESIDE = "beside"  # the task of the caller's own code
 COUNTS = "counts"  # made, and where they are on a GPU read, by the lane HOME alone
 WHOLE = frozenset(("x", "ids", "w", "gy"))
 ROW_SIZED = r"[vgs]\d|rows|wire\d|got\d|rx|ry|h(_|$)|gr|rgy|rgx|gxr|a\d|p(rows|gr|h|gxr)(_|$)"
@@ -251,6 +253,8 @@ def lower_parallel(
         replace(x, waits=tuple(e for e in x.waits if e not in links), records="" if x.task in links else x.records)
         for x in with_events(launches, graph, schedule)
     ]
+    first = next(n for n, x in enumerate(launches) if x.op == "arrive")
+    launches.insert(first, Launch(BESIDE, HOME, "yield", (), ()))
     if forward:
         queue = [Launch(PROLOGUE, HOME, "queue", ("queue",), ("ids",))] if padded else []
         launches = [*queue, Launch(PROLOGUE, HOME, "counts", (COUNTS,), ("ids",)), *launches]

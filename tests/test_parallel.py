@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moefx.codegen.all_to_all import Hierarchical
+import torch.utils.checkpoint
+from moefx.codegen.all_to_all import Hierarchical, make_all_to_all
 from moefx.models import BLOCKS, TinyMoELM
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -183,6 +184,104 @@ def many_layers() -> dict[str, float]:
 
 def test_24_layers_in_one_backward() -> None:
     assert_exact(run_ranks(2, many_layers, timeout_s=120))
+
+
+# ------------------------------------------------------------------------------------------------ shared experts
+
+
+class Logged:
+    """The direct all-to-all, with a list of what happens."""
+
+    events: list[str] = []
+
+    def __init__(self, group: Any, topology: Any) -> None:
+        self.direct = make_all_to_all("direct", group, topology)
+
+    def start(self, send: Tensor, sent_rows: Any, received_rows: Any) -> Any:
+        Logged.events.append("start")
+        return _Logged(self.direct.start(send, sent_rows, received_rows))
+
+
+class _Logged:
+    def __init__(self, pending: Any) -> None:
+        self.pending = pending
+
+    def wait(self) -> Tensor:
+        Logged.events.append("wait")
+        return self.pending.wait()
+
+
+class LikeQwen(nn.Module):
+    """The experts are a module of their own; the shared expert comes before the router, and with a gate."""
+
+    def __init__(self, dim: int, experts: int = 4) -> None:
+        super().__init__()
+        self.shared_expert, self.shared_gate = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 1, bias=False)
+        self.up, self.router = nn.Linear(dim, dim, bias=False), nn.Linear(dim, experts, bias=False)
+        self.experts = Experts(dim, experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        shared = self.shared_expert(self.up(tokens).relu())
+        w, ids = self.router(tokens).softmax(-1).topk(2, dim=-1)
+        shared = self.shared_gate(tokens).sigmoid() * shared
+        return (self.experts(tokens, ids, w) + shared).view_as(x)
+
+
+class Experts(nn.Module):
+    def __init__(self, dim: int, experts: int) -> None:
+        super().__init__()
+        self.w_in, self.w_out = (nn.Parameter(torch.randn(experts, *s) * 0.2) for s in ((24, dim), (dim, 24)))
+
+    def forward(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for e in range(len(self.w_in)):
+            token, slot = torch.where(ids == e)
+            h = nn.functional.silu(x[token] @ self.w_in[e].T) @ self.w_out[e].T
+            y.index_add_(0, token, h * w[token, slot, None])
+        return y
+
+
+def beside_exchanges(name: str, checkpointed: bool) -> tuple[dict[str, float], list[list[str]]]:
+    """What happens in forward and in backward; and errors."""
+    moefx.register_all_to_all("logged", Logged)
+    torch.manual_seed(0)
+    original = language_model(name, 1) if name == "deepseek" else TinyMoELM(LikeQwen, VOCAB, WIDTH, 1).double()
+    model = copy.deepcopy(original)
+    ids = batch(dist.get_rank())
+    options = moefx.Options(policy="fifo", degree=2, all_to_all="logged")
+    moefx.optimize(model, (ids,), options, mesh=dist.group.WORLD)
+    (block,) = (module for module in model.modules() if rewritten(module))
+    errors = differences(original, model, ids)
+    shared = block.shared_expert if name != "deepseek" else block.shared_expert.down_proj
+    shared.register_forward_hook(lambda *_: Logged.events.append("shared"))
+    shared.weight.register_hook(lambda _: Logged.events.append("shared"))
+    seen = []
+    Logged.events.clear()
+    y = torch.utils.checkpoint.checkpoint(model, ids, use_reentrant=False) if checkpointed else model(ids)
+    seen.append(Logged.events[:])
+    Logged.events.clear()
+    y.square().sum().backward()
+    seen.append(Logged.events[:])
+    return errors, seen
+
+
+@pytest.mark.parametrize("name", ["deepseek", "like_qwen"])
+def test_a_shared_expert_runs_during_the_exchange(name: str) -> None:
+    """Forward and backward: rows of both chunks are on their way when it runs, and nothing has been waited for."""
+    for errors, (forward, backward) in run_ranks(2, beside_exchanges, name, False):
+        assert max(errors.values()) <= EXACT
+        # counts travel by another all-to-all
+        assert forward[:3] == ["start", "start", "shared"] and forward.count("wait") == 4, forward
+        assert backward[:3] == ["start", "start", "shared"] and backward.count("wait") == 4, backward
+
+
+def test_a_shared_expert_under_checkpointing() -> None:
+    """Backward runs forward again before it begins."""
+    for errors, (forward, backward) in run_ranks(2, beside_exchanges, "deepseek", True):
+        assert max(errors.values()) <= EXACT
+        assert forward[:3] == ["start", "start", "shared"]
+        assert backward[:3] == ["start", "start", "shared"] and backward.count("shared") == 2
 
 
 # ------------------------------------------------------------------------------------------------ errors
