@@ -205,9 +205,6 @@ def _task(launches: Iterable[Launch]) -> Iterator[str]:
         if x.op == "yield":
             yield "yield  # here runs what the block computes beside its experts"
             continue
-        if x.op == "yield":
-            yield "yield  # here runs what the block computes beside its experts"
-            continue
         yield from (f'rt.wait("{event}")' for event in x.waits)
         if x.uses:
             yield f"rt.hold({', '.join(x.uses)})"
