@@ -158,7 +158,7 @@ _SIZES: dict[str, float] = {
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 32),
     **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 512),  # compiled code compares sequences with it: longer than any
     # special tokens: inputs never contain ids 0 to 2
     "pad_token_id": 0,
     "bos_token_id": 1,

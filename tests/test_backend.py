@@ -845,17 +845,16 @@ NO_FULL_GRAPH = {
     "switch_transformers": "its encoder indexes a cache that is None, under Dynamo",
 }
 # Along the sequence Transformers alone is compiled anew too (`--entrance none`), since its attention compares the length with a
-# number. There the batch grows, of sequences of one token.
+# number. There the batch grows, of sequences of one token, without NNPACK and oneDNN, for which the batch is compared with 16.
 ALONG_BATCH = {
     **dict.fromkeys(("bailing_hybrid", "glm5_next", "kimi_linear", "lara_mini"), "chunks of linear attention"),
     **dict.fromkeys(("qwen3_5_moe", "qwen3_next", "qwen4_exp", "minimax"), "chunks of linear attention"),
-    **dict.fromkeys(("granitemoehybrid", "nemotron_h"), "chunks of a state space"),
     "jamba": "an associative scan halves the sequence",
     **dict.fromkeys(("diffusion_gemma", "openai_privacy_filter"), "a sliding window"),
     "deepseek_v4": "attention over compressed pieces of the sequence",
 }
 # The graph that Dynamo makes for one token alone: from one token too little can be told apart, and the graph is left as it is.
-NOT_FROM_ONE_TOKEN = frozenset({"inkling2", "inkling2_loop", "zaya"})
+NOT_FROM_ONE_TOKEN = frozenset({"deepseek_v4", "inkling2", "inkling2_loop", "zaya"})
 FAMILY_SAMPLE = {("qwen3_moe", "grouped_mm", "backend"), ("gpt_oss", "batched_mm", "backend"), ("dbrx", "eager", "optimize")}
 
 
@@ -901,7 +900,9 @@ def check_family(family: str, implementation: str, entrance: str, inner: str = "
     elif entrance == "backend":
         options = {"backend": "moefx", "options": {"inner": "counted"}}
     try:
-        return _compared(tiny, reference, torch.compile(tiny.model, fullgraph=True, **options), counter, entrance)
+        plain = family not in ALONG_BATCH
+        with torch.backends.nnpack.flags(enabled=plain), torch.backends.mkldnn.flags(enabled=plain):
+            return _compared(tiny, reference, torch.compile(tiny.model, fullgraph=True, **options), counter, entrance)
     finally:
         del torch._dynamo.backends.registry._BACKENDS["counted"]
         torch._dynamo.backends.registry._COMPILER_FNS.pop("counted", None)
