@@ -1,4 +1,9 @@
-"""Experts spread over gloo ranks: outputs and all gradients are those of one process."""
+"""Experts spread over gloo ranks: outputs and all gradients are those of one process.
+
+As a script it runs the whole grid, and delays at random, and prints what is right:
+
+    python tests/test_parallel.py [grid] [delays]
+"""
 
 from __future__ import annotations
 
@@ -21,9 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import moefx
+from moefx import api
 from moefx.block import rewritten
 from moefx.exchange import experts_of
-from moefx.parallel import expert_parameters, sync_gradients
+from moefx.parallel import as_mesh, distribute, expert_parameters, sync_gradients
+from moefx.report import Report
 
 VOCAB, WIDTH = 64, 16
 EXACT = 1e-10  # float64
@@ -98,31 +105,67 @@ def compare(name: str, options: dict[str, Any], sizes: dict[str, Any], layers: i
 
 
 def assert_exact(results: list[dict[str, float]]) -> None:
+    """Of ranks, or of cases."""
     for rank, errors in enumerate(results):
         wrong = {what: error for what, error in errors.items() if not error <= EXACT}
         assert not wrong, f"rank {rank}: {wrong}"
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek", "gpt_oss", "switch"])
+MODELS = ["mixtral", "deepseek", "gpt_oss", "switch"]
+DEGREES = [1, 2, 3, 4, 8]
+CAPACITIES = [None, 64]
+
+
+def case(degree: int, capacity: int | None = None, backward: int | None = None, **more: Any) -> dict[str, Any]:
+    return {"degree": degree, "backward_degree": backward, "capacity": capacity, "policy": "fifo", **more}
+
+
+def all_cases() -> list[dict[str, Any]]:
+    """Every degree without and with a capacity: the all-to-alls, of which one with another degree in backward; the policies."""
+    cases = []
+    for i, degree in enumerate(DEGREES):
+        for capacity in CAPACITIES:
+            cases += [case(degree, capacity, all_to_all=name) for name in ("direct", "hierarchical")]
+            cases.append(case(degree, capacity, DEGREES[i - 1], all_to_all="pipe"))
+            cases += [case(degree, capacity, policy=policy) for policy in ("serial", "auto")]
+    return cases
+
+
+SAMPLE = [case(2), case(3, 64, 2, all_to_all="pipe"), case(8, None, 1), case(1, 64, 3), case(3, policy="auto")]
+
+
+def grid(name: str, cases: list[dict[str, Any]], sizes: dict[str, Any]) -> list[dict[str, float]]:
+    """The errors of every case against the original on one process. The model is analysed once, then spread in each way."""
+    os.environ["MOEFX_NODE"] = str(dist.get_rank() * 2 // dist.get_world_size())
+    original = language_model(name, **sizes)
+    ids = batch(dist.get_rank())
+    analysed, report = copy.deepcopy(original), Report()
+    seen = api._run_example(analysed, (ids,))
+    api._rewrite(analysed, seen, moefx.Options(), report, replace=True, wide=True)
+    assert len(report.found) == 2, str(report)
+    mesh, profile, results = as_mesh(dist.group.WORLD), _profile_file(), []
+    for options in cases:
+        model, own = copy.deepcopy((analysed, report))
+        given = moefx.Options(**options, profile=profile if options["policy"] == "auto" else None)
+        distribute(model, mesh, given, own, seen.examples)
+        results.append(differences(original, model, batch(dist.get_rank() + 7, 12)))
+    return results
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_models_equal_one_process(name: str, ranks: int) -> None:
-    assert_exact(run_ranks(ranks, compare, name, {"degree": 2}, {"experts": 8}))
+    """Degrees that cut unevenly, chunks without rows, forward and backward cut apart, places without a row."""
+    for results in run_ranks(ranks, grid, name, SAMPLE, {"experts": 7 if name == "mixtral" else 8}):
+        assert_exact(results)
 
 
-@pytest.mark.parametrize(("forward", "backward"), [(1, 1), (3, 3), (1, 3), (4, 2), (2, 3), (8, 1)])
-def test_degrees(forward: int, backward: int) -> None:
-    """Forward and backward are cut apart, into uneven chunks and chunks without tokens."""
-    assert_exact(run_ranks(2, compare, "mixtral", {"degree": forward, "backward_degree": backward}, {"experts": 6}))
-
-
-@pytest.mark.parametrize(
-    ("name", "ranks", "forward", "backward"),
-    [("mixtral", 2, 3, 3), ("switch", 3, 2, 3), ("deepseek", 2, 4, 1), ("gpt_oss", 3, 1, 2)],
-)
-def test_capacity(name: str, ranks: int, forward: int, backward: int) -> None:
-    """Static splits: places in which there may be no row, chunks of places, ranks with other numbers of tokens."""
-    options = {"degree": forward, "backward_degree": backward, "capacity": 64}
-    assert_exact(run_ranks(ranks, compare, name, options, {"experts": 7 if name == "mixtral" else 8}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_whole_grid(name: str, ranks: int) -> None:
+    for results in run_ranks(ranks, grid, name, all_cases(), {"experts": 8}, timeout_s=900):
+        assert_exact(results)
 
 
 def over_capacity() -> tuple[str, float]:
@@ -153,29 +196,38 @@ def test_codecs_change_little(codec: str, bound: float) -> None:
         assert 1e-9 < max(errors.values()) < bound
 
 
-def delayed(runs: int) -> int:
-    """Random delays before every task; how many runs differ from the first."""
+def delayed(runs: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Random delays before every task and record; how many runs differ from the first, and how many delays there were."""
     torch.manual_seed(0)
     model = language_model("deepseek")
     ids = batch(dist.get_rank())
-    options = moefx.Options(degree=3, backward_degree=2, policy="fifo")
-    moefx.optimize(model, (ids,), options, mesh=dist.group.WORLD)
-    rng = random.Random(dist.get_rank())
+    moefx.optimize(model, (ids,), moefx.Options(**options), mesh=dist.group.WORLD)
+    rng, delays = random.Random(dist.get_rank()), [0]
+
+    def delay(lane: str) -> None:
+        delays[0] += 1
+        time.sleep(rng.random() * 2e-3)
+
+    for module in model.modules():
+        forward = rewritten(module)
+        for variant in forward.variants.values() if forward else ():
+            variant.compiled.delays = delay  # type: ignore[union-attr]
     first, different = None, 0
     for _ in range(runs):
-        for module in model.modules():
-            forward = rewritten(module)
-            for variant in forward.variants.values() if forward else ():
-                variant.compiled.delays = lambda lane: time.sleep(rng.random() * 2e-3)  # type: ignore[union-attr]
         y, grads = gradients(model, ids)
         local = [y, *(g.to_local() if isinstance(g, DTensor) else g for g in grads.values() if g is not None)]
         different += first is not None and not all(torch.equal(a, b) for a, b in zip(first, local))
         first = first or [t.clone() for t in local]
-    return different
+    return different, delays[0]
 
 
-def test_delays_change_nothing() -> None:
-    assert run_ranks(2, delayed, 12) == [0, 0]
+DELAYED = [case(3, None, 2), case(4, 64), case(2, all_to_all="hierarchical"), case(3, 64, 2, all_to_all="pipe")]
+
+
+@pytest.mark.parametrize("options", DELAYED[:1] + DELAYED[3:], ids=["dropless", "capacity"])
+def test_delays_change_nothing(options: dict[str, Any]) -> None:
+    for different, delays in run_ranks(2, delayed, 6, options):
+        assert different == 0 and delays > 100
 
 
 def many_layers() -> dict[str, float]:
@@ -313,12 +365,11 @@ def test_ranks_that_differ_are_told(what: str, named: str) -> None:
 FEW = ["mixtral", "switch", "gpt_oss"]  # stacked; modules; interleaved with biases
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_ranks_without_experts(name: str) -> None:
+@pytest.mark.parametrize(("name", "experts"), [("mixtral", 5), ("switch", 3), ("gpt_oss", 3)])
+def test_ranks_without_experts(name: str, experts: int) -> None:
     """Three experts on four ranks, and five, of which the last rank gets none."""
-    options = {"degree": 2, "backward_degree": 3 if name == "switch" else 2, "capacity": 64 if name == "gpt_oss" else None}
-    for experts in (3, 5):
-        assert_exact(run_ranks(4, compare, name, options, {"experts": experts}, 1))
+    for results in run_ranks(4, grid, name, [case(2), case(2, 64, 3)], {"experts": experts}):
+        assert_exact(results)
 
 
 class OneScale(nn.Module):
@@ -588,16 +639,15 @@ def test_plug_ins_from_outside() -> None:
 
 @pytest.mark.parametrize("all_to_all", ["hierarchical", "pipe"])
 def test_all_to_alls(all_to_all: str) -> None:
-    assert_exact(run_ranks(4, on_two_nodes, all_to_all))
+    for results in run_ranks(4, on_two_nodes, all_to_all):
+        assert_exact(results)
 
 
-def on_two_nodes(all_to_all: str) -> dict[str, float]:
+def on_two_nodes(all_to_all: str) -> list[dict[str, float]]:
     """Counts of rows are exchanged once, by the plan: no algorithm asks for them again."""
-    os.environ["MOEFX_NODE"] = str(dist.get_rank() // 2)
     Hierarchical._counts = None  # type: ignore[assignment,method-assign]
-    errors = compare("mixtral", {"degree": 2, "all_to_all": all_to_all}, {"experts": 8})
-    padded = compare("mixtral", {"degree": 2, "all_to_all": all_to_all, "capacity": 64}, {"experts": 8}, layers=1)
-    return {**errors, **{f"{what} with a capacity": error for what, error in padded.items()}}
+    cases = [case(2, all_to_all=all_to_all), case(2, 64, 3, all_to_all=all_to_all)]
+    return grid("mixtral", cases, {"experts": 8})
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -742,3 +792,40 @@ def test_streams(forward: int, backward: int, codec: str, capacity: int | None) 
     options |= {"codec": codec, "backward_codec": codec} if codec != "none" else {}
     (errors,) = run_ranks(1, on_a_gpu, options, backend="nccl", timeout_s=180)
     assert max(errors.values()) < (1e-4 if codec == "none" else 0.05), errors
+
+
+# ------------------------------------------------------------------------------------------------ as a script
+
+
+def run_grid() -> bool:
+    """The whole grid; prints how many cases are right."""
+    right = total = 0
+    cases = all_cases()
+    for ranks in (1, 2, 3, 4):
+        for name in MODELS:
+            by_rank = run_ranks(ranks, grid, name, cases, {"experts": 8}, timeout_s=1800)
+            worst = [max(max(results[i].values()) for results in by_rank) for i in range(len(cases))]
+            good = sum(error <= EXACT for error in worst)
+            right, total = right + good, total + len(worst)
+            print(f"P={ranks} {name}: {good} of {len(worst)} right, largest error {max(worst):.0e}", flush=True)
+    print(f"{right} of {total} right")
+    return right == total
+
+
+def run_delays(runs: int = 1000) -> bool:
+    """Runs of a model under random delays; prints how many differ."""
+    different = delays = 0
+    for options in DELAYED:
+        outcomes = run_ranks(2, delayed, runs // len(DELAYED), options, timeout_s=1800)
+        different += sum(d for d, _ in outcomes)
+        delays += sum(n for _, n in outcomes)
+    print(f"{runs} runs of 2 layers, forward and backward, on 2 ranks, {delays} delays: {different} differ")
+    return different == 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    chosen = [part for name, part in (("grid", run_grid), ("delays", run_delays)) if name in (sys.argv[1:] or [name])]
+    outcomes = [part() for part in chosen]  # all parts run
+    sys.exit(not all(outcomes))
