@@ -92,7 +92,7 @@ class Moe:
         """x [..., D], router values as recorded -> routed output [..., d_out]."""
         tokens, slots, weights, params = self.inputs(x, ids, w, keep)
         compiled = self.variant.compiled
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (compiled.handle is not None and region_op.counted()):
             y = region_op.routed(compiled.handle, tokens, slots, weights, params)
         else:
             y = compiled(tokens, slots, weights, params)

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import _FlopCounterMode, register_flop_formula
 
 from moefx.compiled import CompiledRegion, Saved, _autocast_dtype
 from moefx.errors import InputError, PlanError
+from moefx.segments import Linear, steps, x_value
 from moefx.shape_ops import SHAPE_OPS
 
 LAYOUT = 1  # of what the operators take and give: a part of every handle
@@ -60,6 +64,11 @@ def routed(handle: str | None, x: Tensor, ids: Tensor, w: Tensor, params: Mappin
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *tensors))
     y: Tensor = torch.ops.moefx.routed(handle, x, ids, w, tensors, _autocast_dtype(x.device.type), save)[0]
     return y
+
+
+def counted() -> bool:
+    """Whether torch counts FLOPs here, which it does operator by operator: then an eager call too should be one."""
+    return any(isinstance(mode, _FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
 
 
 # ------------------------------------------------------------------------------------------------ forward
@@ -228,3 +237,35 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("moefx::routed", _gradients, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------ FLOPs
+
+
+def _products(handle: str, slots: Sequence[int]) -> list[tuple[int, Linear]]:
+    """The useful FLOPs of each linear of the experts for ids [T, K], 2 T K I O: no tile that is only partly filled, and
+    nothing that is pointwise, as torch counts its own products."""
+    region = region_of(handle).held
+    linears = [step for step in steps(region.template) if isinstance(step, Linear)]
+    return [(2 * slots[0] * slots[1] * math.prod(region.leaves[step.leaf].shape), step) for step in linears]
+
+
+@register_flop_formula(torch.ops.moefx.routed)
+def _flops(handle: str, x: Any, ids: Sequence[int], *_: Any, **__: Any) -> int:
+    return sum(flops for flops, _ in _products(handle, ids))
+
+
+@register_flop_formula(torch.ops.moefx.routed_backward)
+def _backward_flops(
+    handle: str, gy: Any, saved: Any, x: Any, w: Sequence[int], params: Any, need_x: bool, wanted: Sequence[bool],
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Once more for the rows of each linear, but those of the tokens where nobody needs their gradient, and once for its
+    matrix, unless it is frozen."""
+    held = region_of(handle).held
+    trained = {name for name, want in zip(region_of(handle).binder.names, wanted) if want}
+    total = 0
+    for flops, step in _products(handle, w):
+        total += flops * (step.rows != x_value(held.template) or need_x or held.weight_position == "input")
+        total += flops * bool(trained.intersection(held.leaves[step.leaf].params))
+    return total

@@ -7,8 +7,11 @@ import copy
 import pytest
 import regions
 import torch
-from torch import Tensor
+from moefx.models.mixtral import MixtralMoE
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import moefx
 from moefx.build import compile_region
 from moefx.compiled import CompiledRegion
 from moefx.errors import InputError
@@ -120,3 +123,24 @@ def test_autocast_is_a_part_of_the_graph() -> None:
         expected = compiled(given.x, given.ids, given.w, params)
     assert torch.equal(actual, expected)
     assert not torch.equal(actual, compiled(given.x, given.ids, given.w, params))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_are_those_of_the_original(frozen: bool) -> None:
+    """Counted by torch's own counter, of an eager call as well: 2 T K I O a product, three times that with its backward."""
+    model = nn.Sequential(MixtralMoE(24, 40, 5, 2))  # a loop over experts: torch counts each mm of the original
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    if frozen:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.shape[-1] == 40)
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            y = model(x)
+            (y[0] if isinstance(y, tuple) else y).square().mean().backward()
+        return counter.get_total_flops()
+
+    before = flops()
+    moefx.optimize(model, (x.detach(),))
+    assert moefx.explain(model).found
+    assert flops() == before
