@@ -283,12 +283,17 @@ def optimize(
         raise
     _rewrite(model, seen, options, report, replace=True, wide=mesh is not None)
     if mesh is not None:
-        try:
-            _parallel().distribute(model, mesh, options, report, seen.examples)
-        except InputError:  # on all ranks alike
-            restore(model)
-            raise
+        _spread(model, mesh, options, report, seen)
     return model
+
+
+def _spread(model: nn.Module, mesh: Any, options: Options, report: Report, seen: search.Observation) -> None:
+    """Experts over the ranks; a model for which that cannot be is as it was."""
+    try:
+        _parallel().distribute(model, mesh, options, report, seen.examples)
+    except InputError:  # on all ranks alike
+        restore(model)
+        raise
 
 
 def _parallel() -> Any:
@@ -450,7 +455,7 @@ class _Waiting:
         state["report"].pending = False
         _rewrite(self.model, seen, state["options"], state["report"], replace=True, wide=state["mesh"] is not None)
         if state["mesh"] is not None:
-            _parallel().distribute(self.model, state["mesh"], state["options"], state["report"], seen.examples)
+            _spread(self.model, state["mesh"], state["options"], state["report"], seen)
 
     def stop(self) -> None:
         """The model has its own forward again."""

@@ -31,11 +31,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
+import moefx
 from moefx import calibrate, probe, verify
 from moefx.begun import Begun, BegunBackward, Steps, first_part, second_part
 from moefx.block import RewrittenForward, Variant, rewritten
 from moefx.build import ParallelPlans, compile_parallel
-from moefx.codegen.all_to_all import Topology, make_all_to_all
+from moefx.codegen.all_to_all import ALL_TO_ALLS, Topology, make_all_to_all
 from moefx.codegen.codecs import CODECS, codec_for
 from moefx.compiled import CompiledRegion, Saved, _autocast_dtype
 from moefx.costs import Sizes
@@ -240,6 +241,7 @@ class ShardedForward(RewrittenForward):
         self.analyse = self._too_late
         self.watched = {}
 
+    @torch.compiler.disable(reason="moefx: experts on several ranks exchange rows, which no graph of one rank can hold")  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.signature.bind(self.module, *args, **kwargs)
         bound.apply_defaults()
@@ -354,10 +356,13 @@ def _spread(variant: Variant, compiled: ParallelRegion) -> Variant:
 def _agree(group: dist.ProcessGroup, model: nn.Module, options: Options, report: Report) -> None:
     """InputError naming what differs, unless all ranks have the same model, options and versions."""
     device = next(model.parameters()).device.type
+    named: list[tuple[Any, str]] = [(ALL_TO_ALLS, options.all_to_all)]
+    named += [(CODECS, name) for name in (options.codec, options.backward_codec)]
     mine: dict[str, Any] = {
-        "torch": torch.__version__,
+        "versions": f"torch {torch.__version__}, moefx {moefx.__version__}",
         "options": repr(replace(options, profile=None)),
         "profile": Profile.load(Path(options.profile)).dumps() if options.profile is not None else "",
+        "plug-ins": [f"{n} is {_kind_of(t[n])}" if n in t else n for t, n in named],
         "device": device,
         "blocks": [f"{f.name}: E={f.experts} K={f.top_k} D={f.d_model} F={f.d_expert} {f.routing}" for f in report.found],
         "parameters": [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()],
@@ -373,6 +378,12 @@ def _agree(group: dist.ProcessGroup, model: nn.Module, options: Options, report:
                 raise InputError(f"ranks 0 and {rank} differ in {what}: {a} and {b}; all ranks need the same model and options")
     if not report.found:
         log.warning("mesh: no MoE block was found, so nothing is spread over ranks")
+
+
+def _kind_of(plug_in: Any) -> str:
+    """A plug-in's class or function by its full name."""
+    kind = plug_in if hasattr(plug_in, "__qualname__") else type(plug_in)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _first_difference(a: Any, b: Any) -> tuple[Any, Any]:

@@ -48,10 +48,10 @@ def batch(rank: int, length: int = 9) -> Tensor:
     return torch.randint(0, VOCAB, (1 + rank % 2, length + 2 * rank), generator=generator)
 
 
-def gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Logits, and gradients for fixed random cotangents."""
+def gradients(model: nn.Module, ids: Tensor, run: Any = None) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Logits, and gradients for fixed random cotangents. run: what is called, if it is not the model itself."""
     model.zero_grad(set_to_none=True)
-    y = model(ids)
+    y = (model if run is None else run)(ids)
     gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype)
     y.backward(gy.pin_memory().to(y.device, non_blocking=True) if y.is_cuda else gy)
     return y.detach(), {n: p.grad for n, p in model.named_parameters()}
@@ -69,9 +69,9 @@ def own_part(name: str, total: Tensor, parameter: Tensor) -> Tensor:
     return total
 
 
-def differences(original: nn.Module, model: nn.Module, ids: Tensor) -> dict[str, float]:
+def differences(original: nn.Module, model: nn.Module, ids: Tensor, run: Any = None) -> dict[str, float]:
     """Relative errors of the logits and of every gradient against the original on one process."""
-    y, mine = gradients(model, ids)
+    y, mine = gradients(model, ids, run)
     reference_y, reference = gradients(original, ids)
     experts = {name for name, _ in expert_parameters(model)}
     errors = {"logits": relative(y, reference_y)}
@@ -336,6 +336,40 @@ def test_a_shared_expert_under_checkpointing() -> None:
         assert backward[:3] == ["start", "start", "shared"] and backward.count("shared") == 2
 
 
+# ------------------------------------------------------------------------------------------------ torch.compile
+
+
+def compiled_around(name: str) -> tuple[dict[str, float], int, str]:
+    """torch.compile breaks its graphs at the blocks; how many graphs, and what fullgraph=True says."""
+    original = language_model(name)
+    model = copy.deepcopy(original)
+    ids = batch(dist.get_rank())
+    moefx.optimize(model, (ids,), moefx.Options(degree=2, policy="fifo"), mesh=dist.group.WORLD)
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    errors = differences(original, model, ids, compiled)
+    torch._dynamo.reset()
+    try:
+        torch.compile(model, backend=backend, fullgraph=True)(ids)
+        text = "no error"
+    except torch._dynamo.exc.Unsupported as error:
+        text = str(error)
+    return errors, len(graphs), text
+
+
+@pytest.mark.parametrize("name", ["deepseek"])
+def test_torch_compile_breaks_its_graphs_at_the_blocks(name: str) -> None:
+    for errors, graphs, text in run_ranks(2, compiled_around, name):
+        assert max(errors.values()) <= EXACT
+        assert graphs >= 2  # before and behind blocks
+        assert "experts on several ranks exchange rows" in text
+
+
 # ------------------------------------------------------------------------------------------------ errors
 
 
@@ -352,11 +386,28 @@ def mismatch(what: str) -> str:
     model = language_model("mixtral", layers=1, experts=4 + 4 * (what == "model" and rank))
     if what == "dtype" and rank:
         model = model.float()
-    options = moefx.Options(degree=2 + (what == "degree" and rank), policy="fifo")
-    return message(lambda: moefx.optimize(model, (batch(rank),), options, mesh=dist.group.WORLD))
+    if what == "plug-in":
+        moefx.register_all_to_all("mine", Gathered if rank else Logged)
+    options = moefx.Options(
+        all_to_all="mine" if what == "plug-in" else "direct", degree=2 + (what == "degree" and rank),
+        capacity=64 + rank if what == "capacity" else None,
+        policy="auto" if what == "profile" else "fifo", profile=_profile_file(1.0 + rank) if what == "profile" else None,
+    )  # fmt: skip
+    text = message(lambda: moefx.optimize(model, (batch(rank),), options, mesh=dist.group.WORLD))
+    assert not any(rewritten(module) for module in model.modules()), "the model is as it was"
+    model = moefx.optimize(model, None, options, mesh=dist.group.WORLD)
+    assert message(lambda: model(batch(rank))) == text, "the same at the first call"
+    assert not any(rewritten(module) for module in model.modules())
+    return text
 
 
-@pytest.mark.parametrize(("what", "named"), [("degree", "options"), ("model", "blocks"), ("dtype", "parameters")])
+MISMATCHES = [
+    ("degree", "options"), ("capacity", "options"), ("plug-in", "plug-ins"), ("profile", "profile"), ("model", "blocks"),
+    ("dtype", "parameters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "named"), MISMATCHES)
 def test_ranks_that_differ_are_told(what: str, named: str) -> None:
     for text in run_ranks(2, mismatch, what):
         assert f"ranks 0 and 1 differ in {named}" in text
@@ -620,14 +671,14 @@ def from_outside() -> dict[str, float]:
     return errors
 
 
-def _profile_file() -> str:
+def _profile_file(launch_ms: float = 1.0) -> str:
     """A profile of made-up costs; each rank writes its own copy."""
     import tempfile
     from pathlib import Path
 
     from moefx.profile import from_links
 
-    profile = from_links("a machine", 1.0, 10.0, 0.1, 0.1, 5.0, 50.0, 2)
+    profile = from_links("a machine", launch_ms, 10.0, 0.1, 0.1, 5.0, 50.0, 2)
     path = Path(tempfile.mkdtemp()) / f"profile_{dist.get_rank()}.json"
     return str(profile.save(path))
 
