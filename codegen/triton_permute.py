@@ -131,8 +131,8 @@ def token_rows_kernel(
 ):  # fmt: skip
     """For each row r of slot s = order[r] and token t = s // K: scaled [R, O] and products [T*K]. Grid (R / BM,).
 
-    scaled[r] = w[s] * tokens[t] (w = 1 without PRODUCTS); products[s] = <tokens[t], h[r]>, 0 for slots without a row.
-    A program walks over the features of its BM rows.
+    scaled[r] = w[s] * tokens[t] (w = 1 without PRODUCTS); products[s] = <tokens[t], h[r]>, 0 for slots without a row;
+    slots that `order` does not name are left as they are. A program walks over the features of its BM rows.
     """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     held = row < tl.load(offsets + experts)
@@ -163,7 +163,9 @@ def _token_rows(
     tokens, h = unit_columns(tokens), unit_columns(h)
     rows, width = order.numel(), h.shape[1]
     result = h.new_empty(rows, width) if scaled else None
-    products = None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format)
+    products = None
+    if w is not None:  # an order may be shorter than the slots: the kernel writes those that it names
+        products = (torch.empty_like if rows == w.numel() else torch.zeros_like)(w, memory_format=torch.contiguous_format)
     if rows:
         bm, bn = _blocks(width)
         with on_device(h):

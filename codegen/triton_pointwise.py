@@ -744,6 +744,11 @@ def _block_linear(
     )
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether a can take the place of b as a result."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous()
+
+
 @cache
 def _module(text: str) -> dict[str, Any]:
     """The kernels of a generated module. Triton reads their source through linecache, by a name of its own."""
@@ -808,10 +813,14 @@ class Pointwise:
         grads: Sequence[Tensor],
         order: Tensor,
         w: Tensor,
+        in_place: bool = False,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """`vjp` of w times the segment's one output, row by row: (w times the output, the gradients of the inputs and of
-        the leaves, the gradient of w [T, K]). order [T*K]: the slot of each row."""
-        outputs, inner, leaf, products = self._vjp(inputs, leaves, offsets, grads, (order, w))
+        the leaves, the gradient of w [T, K]). order [T*K]: the slot of each row.
+
+        in_place: nobody else reads inputs and grads any more, and the results may take their memory.
+        """
+        outputs, inner, leaf, products = self._vjp(inputs, leaves, offsets, grads, (order, w), in_place)
         assert products is not None
         return outputs, inner, leaf, products.sum(1).view(w.shape).to(w.dtype)
 
@@ -822,13 +831,19 @@ class Pointwise:
         offsets: Tensor,
         grads: Sequence[Tensor],
         weights: tuple[Tensor, Tensor] | None,
+        in_place: bool = False,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
         """(outputs, gradients of inputs and of leaves, products with the outputs of each slot and column block)."""
         inputs, sources = self._checked(inputs, leaves), self._sources
         check_dtypes(f"{self.segment.name}.vjp", {f"grad{n}": g for n, g in enumerate(grads)})
         rows = inputs[0].shape[0]
         outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], rows)
-        made = {s: self._new_gradient(s, t.shape, t) for s, t in zip(sources.inputs, inputs)}
+        if in_place:  # each program reads its elements of all of them before it writes them, and nobody else does
+            outputs = [g if _alike(g, y) else y for g, y in zip(grads, outputs)]
+        made = {
+            s: t if in_place and t.is_contiguous() and self._writes_all(s) else self._new_gradient(s, t.shape, t)
+            for s, t in zip(sources.inputs, inputs)
+        }
         for s, n in zip(sources.leaves, self._leaf_widths):
             if s not in sources.same_grad:  # fp32, since a sum over all rows follows
                 columns = triton.cdiv(sources.width, self._block(sources.width)[1]) if n == 1 else n
@@ -857,8 +872,12 @@ class Pointwise:
         self, source: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, whole: bool = False
     ) -> Tensor:
         """Room for gradient rows: zeros unless the kernel writes all of it."""
-        written = source in self._sources.grads and (whole or source in self._sources.covered)
+        written = self._writes_all(source) or (whole and source in self._sources.grads)
         return (like.new_empty if written else like.new_zeros)(shape, dtype=dtype or like.dtype)
+
+    def _writes_all(self, source: str) -> bool:
+        """Whether the gradient rows of an input are written whole."""
+        return source in self._sources.grads and source in self._sources.covered
 
     def linear(
         self,

@@ -135,9 +135,10 @@ class CompiledRegion:
         wanted: list[bool],
         need_x: bool,
         matrix_dtype: torch.dtype | None,
+        once: bool = False,
     ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-        """Gradients of x (None unless needed), w, and the tensors that are wanted."""
-        gx, gw, grads = self.backward_blocks(saved, gy, tensors, wanted, need_x, matrix_dtype)
+        """Gradients of x (None unless needed), w, and the tensors that are wanted. once: `saved` may be overwritten."""
+        gx, gw, grads = self.backward_blocks(saved, gy, tensors, wanted, need_x, matrix_dtype, once=once)
         by_name = grads.params
         return gx, gw, [by_name[name] if want else None for name, want in zip(self.binder.names, wanted)]
 
@@ -150,6 +151,7 @@ class CompiledRegion:
         need_x: bool,
         matrix_dtype: torch.dtype | None,
         may_pack: bool = True,
+        once: bool = False,
     ) -> tuple[Tensor | None, Tensor, LeafGradients]:
         """Gradients of x (None unless needed), of w, and of the parameters in blocks."""
         names = self.binder.names
@@ -157,7 +159,8 @@ class CompiledRegion:
             leaves = self._bind(tensors, matrix_dtype, may_pack)
             wanted_names = {name for name, want in zip(names, wanted) if want}
             grads = self.binder.gradients(dict(zip(names, tensors)), wanted_names)
-            gx, gw = self.emitted.backward(self._runtime(gy.device, "backward"), saved, gy, leaves, grads.leaves, need_x)
+            runtime = self._runtime(gy.device, "backward", once=once)
+            gx, gw = self.emitted.backward(runtime, saved, gy, leaves, grads.leaves, need_x)
             grads.finish()
         return gx, gw, grads
 
@@ -168,9 +171,11 @@ class CompiledRegion:
         leaves = self._cast(self.binder.shaped(dict(zip(self.binder.names, tensors))), matrix_dtype)
         return self.emitted.forward(Runtime(ops, torch.device("cpu")), x, ids, w, leaves)
 
-    def _runtime(self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True) -> Runtime:
+    def _runtime(
+        self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True, once: bool = False
+    ) -> Runtime:
         ops = ops_for(device.type, self.kernels)
-        return Runtime(ops, device, self._pointwise_kernels(ops), keep, self.delays)
+        return Runtime(ops, device, self._pointwise_kernels(ops), keep, self.delays, once)
 
     def _pointwise_kernels(self, ops: OpTable) -> dict[str, Any]:
         """The kernels of the segments, where the table can make them and they can be made."""
@@ -211,7 +216,8 @@ class _RegionFunction(torch.autograd.Function):
         stored = ctx.saved_tensors  # read once: under checkpointing each reading computes forward again
         tensors, saved = list(stored[: ctx.params]), stored[ctx.params :]
         _, _, need_x, _, need_w, *wanted = ctx.needs_input_grad
-        gx, gw, grads = ctx.compiled.run_backward(saved, gy, tensors, wanted, need_x, ctx.matrix_dtype)
+        once = not torch._C._autograd._get_current_graph_task_keep_graph()  # no retain_graph, no create_graph
+        gx, gw, grads = ctx.compiled.run_backward(saved, gy, tensors, wanted, need_x, ctx.matrix_dtype, once)
         result = [None, None, gx, None, gw if need_w else None, *grads]
         if torch.is_grad_enabled():  # create_graph=True
             result = [g if g is None else _Once.apply(g, gy, *stored) for g in result]  # type: ignore[no-untyped-call]

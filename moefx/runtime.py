@@ -61,7 +61,8 @@ def _stream(device: torch.device, lane: str) -> torch.cuda.Stream:
 class Runtime:
     """One run of a plan. Ops of the table are attributes: `rt.combine(...)`.
 
-    pointwise: kernels of segments by name, others run as torch functions; keep: whether a backward will follow.
+    pointwise: kernels of segments by name, others run as torch functions; keep: whether a backward will follow; once:
+    what was saved is read for the last time, and its memory may be written.
     `delays`, a function of the lane's name, is called on entering a lane and before each record: tests put random
     waits there to bring out a missing event.
     """
@@ -73,10 +74,11 @@ class Runtime:
         pointwise: Mapping[str, Any] | None = None,
         keep: bool = True,
         delays: Callable[[str], None] | None = None,
+        once: bool = False,
     ) -> None:
         self.ops = ops
         self._pointwise = pointwise or {}
-        self._keep = keep
+        self._keep, self._once = keep, once
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._device = device
         self._delays = delays
@@ -240,7 +242,8 @@ class Runtime:
         it returns w a, the gradients of the segment's inputs and leaves, and that of w."""
         kernel = self._pointwise.get(function.__name__)
         if kernel:
-            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(inputs, leaves, offsets, gradients, order, w)
+            given = (inputs, leaves, offsets, gradients, order, w)
+            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(*given, in_place=self._once)
             return (*outputs, *input_grads, *leaf_grads, gw)
         (g,) = gradients
         scale = self.ops["slot_rows"](w, order, offsets)

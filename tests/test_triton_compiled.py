@@ -50,3 +50,17 @@ def test_segments_without_a_kernel_are_named():
     there = {name: p.detach().to(DEVICE) for name, p in params.items()}
     compiled(given.x.detach().to(DEVICE), given.ids.to(DEVICE), given.w.detach().to(DEVICE), there)
     assert "act_0" in compiled.without_kernel and compiled.without_kernel["act_0"]
+
+
+@needs_triton
+def test_what_was_saved_is_overwritten_only_by_the_last_backward() -> None:
+    """With retain_graph a second backward reads it again."""
+    region = regions.region("swiglu_fused")
+    compiled = compile_region(region, kernels="triton")
+    params = {n: p.detach().float().to(DEVICE).requires_grad_() for n, p in regions.parameters("swiglu_fused").items()}
+    given = regions.inputs(region, 11)
+    x, w = (t.detach().float().to(DEVICE).requires_grad_() for t in (given.x, given.w))
+    sources = [x, w, *params.values()]
+    y = compiled(x, given.ids.to(DEVICE), w, params).square().sum()
+    first = torch.autograd.grad(y, sources, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(y, sources)))

@@ -513,6 +513,9 @@ def test_gradients_of_a_weighted_output(style: str, dtype: torch.dtype) -> None:
     wanted = torch.autograd.grad(product, own, g[:n].float())
     assert gw.shape == w.shape and gw.dtype == w.dtype
     assert not gw[position < 0].any()
+    taken = pointwise.weighted_vjp([pre.clone()], vectors, offsets, [g.clone()], order, w, in_place=True)
+    for got, want in zip((taken[0][0][:n], taken[1][0][:n], *taken[2], taken[3]), (again[0][:n], inner[0][:n], *of_leaves, gw)):
+        assert torch.equal(got, want)
     for got, want in zip((again[0][:n], inner[0][:n], *of_leaves, gw), (product, *wanted)):
         assert relative(got, want) <= 2 * TOLERANCE[dtype]
 
