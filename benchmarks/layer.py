@@ -3,7 +3,10 @@
 Per shape and number of tokens: the routed layer (router, dispatch, experts, combine) forward and forward + backward, in
 bf16 on random inputs: milliseconds (the median of rounds in which every peer has its turn), useful TFLOP/s (6 T K D F
 forward, 18 T K D F with backward), the share of the matmul ceiling measured in the same run; for few tokens GB/s of the
-weights of the experts that are hit; memory at the peak of a step beside weights, inputs and parameter gradients.
+weights of the experts that are hit; memory at the peak of a step beside weights, inputs and parameter gradients. The step
+is timed from an idle GPU, so the time that the host needs to launch it counts. For few tokens a third time is that of the
+forward as a CUDA graph, where a peer can be captured, and the speed is that of the graph. The last column of moefx's rows
+of many tokens: its step with skewed routing (Zipf's popularity of experts), as a multiple of the step with even routing.
 
 Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile.
 """
@@ -139,6 +142,7 @@ class Result:
     forward_ms: float
     step_ms: float
     peak_bytes: int
+    graph_ms: float | None = None
 
 
 def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int, seconds: float) -> dict[str, Result]:
@@ -181,18 +185,71 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
             elif turn == 1 and ms > 1e3 * seconds:
                 steps[peer], forwards[peer] = [ms], [forward_ms]
                 del active[peer]
-    return {p: Result(statistics.median(forwards[p]), statistics.median(steps[p]), peaks[p]) for p in layers}
+    graphs = {p: graph_ms(layer, x) for p, layer in layers.items()} if tokens <= FEW_TOKENS else {}
+    return {
+        p: Result(statistics.median(forwards[p]), statistics.median(steps[p]), peaks[p], graphs.get(p)) for p in layers
+    }
 
 
-def rows(name: str, shape: Shape, tokens: int, results: dict[str, Result], top: Ceiling) -> list[str]:
+def graph_ms(layer: nn.Module, x: Tensor) -> float | None:
+    """The forward replayed as a CUDA graph; None for a peer that cannot be captured (its host waits for the GPU)."""
+    side = torch.cuda.Stream()
+    with torch.no_grad():
+        for _ in range(2):
+            layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                layer(x)
+        except Exception:  # noqa: BLE001 - torch says so in several ways
+            torch.cuda.synchronize()
+            return None
+        return median(graph.replay, 15)
+
+
+def skew(layer: nn.Module, shape: Shape, tokens: int) -> str:
+    """The step with experts as popular as Zipf has it, against that with even routing; and the largest expert's share."""
+    router = next(p for name, p in layer.named_parameters() if p.shape == (shape.experts, shape.d_model))
+    x = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16)
+    x[..., 0] = 1.0  # a feature that is always there: its column of the router says how popular experts are
+    gy, before = torch.randn_like(x), router.detach()[:, 0].clone()
+    popular = torch.arange(1, shape.experts + 1, device="cuda").log().neg()
+    spread = (router.detach().float() @ x[0, :256].T.float()).std()
+    x.requires_grad_()
+
+    def step() -> None:
+        layer(x).backward(gy)
+
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(6):
+        for skewed in times:
+            with torch.no_grad():
+                router[:, 0] = popular * spread if skewed else before
+            ms = milliseconds(step)
+            for p in (x, *layer.parameters()):
+                p.grad = None
+            if turn:
+                times[skewed].append(ms)
+    with torch.no_grad():
+        router[:, 0] = popular * spread
+        load = (x[0] @ router.T).topk(shape.top_k, -1).indices.flatten().bincount(minlength=shape.experts)
+        router[:, 0] = before
+    factor = statistics.median(times[True]) / statistics.median(times[False])
+    return f"{factor:.2f}x (largest expert {load.max() / load.float().mean():.1f}x the mean)"
+
+
+def rows(
+    name: str, shape: Shape, tokens: int, results: dict[str, Result], top: Ceiling, skew_of: Callable[[], str]
+) -> list[str]:
     flops = 6 * tokens * shape.top_k * shape.d_model * shape.d_expert
     others = [r for p, r in results.items() if p != "moefx"]
     lines = []
     for peer, r in results.items():
         if tokens <= FEW_TOKENS:
             hit = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)  # expected, for uniform routing
-            speed = f"{6 * hit * shape.d_model * shape.d_expert / r.forward_ms / 1e6:.0f} GB/s"
-            share = f"{6 * hit * shape.d_model * shape.d_expert / r.forward_ms / 1e6 / top.gb_per_s:.0%}"
+            gb_per_s = 6 * hit * shape.d_model * shape.d_expert / (r.graph_ms or r.forward_ms) / 1e6
+            speed, share = f"{gb_per_s:.0f} GB/s", f"{gb_per_s / top.gb_per_s:.0%}"
         else:
             forward, both = flops / r.forward_ms / 1e9, 3 * flops / r.step_ms / 1e9
             speed, share = f"{forward:.0f} / {both:.0f} TFLOP/s", f"{forward / top.tflops:.0%} / {both / top.tflops:.0%}"
@@ -200,8 +257,11 @@ def rows(name: str, shape: Shape, tokens: int, results: dict[str, Result], top: 
         if peer == "moefx" and others:
             best = min(o.forward_ms for o in others) / r.forward_ms, min(o.step_ms for o in others) / r.step_ms
             ahead = f"{best[0]:.2f}x / {best[1]:.2f}x"
-        times = f"{r.forward_ms:.3f} / {r.step_ms:.3f}"
-        lines.append(f"| {name} | {tokens} | {peer} | {times} | {speed} | {share} | {r.peak_bytes / 1e9:.2f} | {ahead} |")
+        times = f"{r.forward_ms:.3f} / {r.step_ms:.3f}" + (f" / {r.graph_ms:.3f}" if r.graph_ms else "")
+        skewed = f" {skew_of()} |" if peer == "moefx" and tokens >= 4096 else " |"
+        lines.append(
+            f"| {name} | {tokens} | {peer} | {times} | {speed} | {share} | {r.peak_bytes / 1e9:.2f} | {ahead} |{skewed}"
+        )
     return lines
 
 
@@ -222,8 +282,9 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matmul ceiling {top.tflops:.0f} TFLOP/s, "
         f"copy ceiling {top.gb_per_s:.0f} GB/s",
         "",
-        "| layer | T | peer | ms forward / step | useful speed forward / step | share of ceiling | peak GB | best peer / moefx |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| layer | T | peer | ms forward / step / graph | useful speed forward / step | share of ceiling | peak GB "
+        "| best peer / moefx | skewed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     print("\n".join(head), flush=True)
     for name in options.shapes:
@@ -233,7 +294,10 @@ def main() -> None:
         shape = SHAPES[name]
         base = {peer: make(peer, shape, "cuda") for peer in options.peers}
         for tokens in options.tokens:
-            lines = rows(name, shape, tokens, measure(base, shape, tokens, options.rounds, options.slow), top)
+            if time.perf_counter() - start > options.budget:
+                break
+            results = measure(base, shape, tokens, options.rounds, options.slow)
+            lines = rows(name, shape, tokens, results, top, lambda: skew(base["moefx"], shape, tokens))  # noqa: B023
             print("\n".join(lines), flush=True)
             head += lines
         del base
