@@ -511,7 +511,7 @@ class Checks:
             direct, _ = spread.plan(replace(options, all_to_all="direct"), len(batch.x))
             passed &= equal(got, outcome(direct, params, batch))
         different, delayed = delays(bench, region, params, batch, got, 3)
-        worst = max(errors, key=lambda n: errors[n] / bars[n])
+        worst = max(errors, key=lambda n: errors[n] / bars[n] if errors[n] == errors[n] else math.inf)
         cells = {
             "y": f"{errors['y']:.1e}", "worst": f"{worst} {errors[worst]:.1e}", "bar": f"{bars[worst]:.1e}",
             "one rank": f"{reference.one_rank[worst]:.1e}", "differ under delays": f"{different} of {delayed}",

@@ -138,6 +138,21 @@ def test_rows_in_and_out(case: tuple[int, int, int, str], dtype: torch.dtype) ->
                 assert relative(got, want) <= tolerance
 
 
+def test_an_order_shorter_than_the_slots_leaves_no_weight_without_a_gradient() -> None:
+    """A chunk of places of experts keeps the rows that it has: the other slots' weights get zeros, not what memory held."""
+    c = make(17, 3, 5, "any")
+    short = c.held(c.order)
+    assert len(short) < c.order.numel(), "some slots have no row"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is not written yet with NaN
+    try:
+        got_w = OPS["combine_backward"](c.gy, c.held(c.h), short, c.position, c.offsets, c.w)[1]
+        got_wx = OPS["rows_backward"](c.held(c.rows), c.x, c.position, short, c.offsets, c.w)[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert relative(got_w, ops.combine_backward(c.gy, c.held(c.h), short, c.position, c.offsets, c.w)[1]) <= 2e-6
+    assert relative(got_wx, ops.rows_backward(c.held(c.rows), c.x, c.position, short, c.offsets, c.w)[1]) <= 2e-6
+
+
 def test_combine_over_mostly_empty_slots() -> None:
     """Dense gates: K = E slots per token, few of them with a row."""
     ids = torch.where(torch.rand(17, 40) < 0.1, torch.arange(40), -1).to(DEVICE)
