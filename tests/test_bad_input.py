@@ -74,6 +74,7 @@ def test_not_a_module(model: Any) -> None:
 BAD_OPTIONS: list[dict[str, Any]] = [
     {"degree": 0}, {"degree": -1}, {"degree": 1.5}, {"degree": "2"}, {"degree": True}, {"degree": None},
     {"kernels": "cuda"}, {"kernels": None}, {"seed": "x"}, {"seed": None},
+    {"capacity": 0}, {"capacity": 1.5}, {"capacity": True},
 ]  # fmt: skip
 
 
