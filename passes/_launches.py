@@ -17,6 +17,8 @@ from moefx.segments import Linear, Segment, steps, x_value
 HOME = "compute"
 # Tasks of a plan that no schedule has: what comes before all others, and after.
 PROLOGUE, EPILOGUE = "prologue", "join"
+# Launches that leave an exchange under way.
+EXCHANGES = ("to_experts", "to_tokens")
 
 # ------------------------------------------------------------------------------------------------ the experts of a chunk
 
@@ -354,7 +356,8 @@ def guarded(launches: list[Launch]) -> list[Launch]:
 
 
 def check(plan: Plan) -> None:
-    """Every value is made before it is read, every event recorded before it is awaited; else PlanError."""
+    """Every value is made before it is read, every event recorded before it is awaited, also where lanes run at once (see
+    `check_lanes`); else PlanError."""
     made, recorded = set(plan.inputs), set[str]()
     for x in plan.launches:
         if missing := [v for v in values_of(x) if v not in made]:
@@ -365,3 +368,50 @@ def check(plan: Plan) -> None:
         recorded.add(x.records)
     if missing := [v for v in (*plan.outputs, *plan.saved) if v not in made]:
         raise PlanError(f"plan {plan.phase} ends without {', '.join(missing)}")
+    check_lanes(plan)
+
+
+def check_lanes(plan: Plan) -> None:
+    """What a run on one lane cannot show: PlanError unless every value that a lane reads was made by the same lane, or lies
+    behind an event that it has waited for, directly or not, and is among its `uses`; and the same for what is written in
+    place. A lane begins behind all that HOME has done by then, an exchange ends before `arrive` goes on, `join` awaits all.
+    """
+    seen: dict[str, dict[str, int]] = {HOME: {}}  # lane -> of each lane, up to which launch it has ended for this one
+    marks: dict[str, dict[str, int]] = {}  # event, or exchange under way -> the same, where it was recorded or begun
+    made: dict[str, tuple[str, int]] = {}
+    held: set[tuple[str, str]] = set()
+
+    def reach(lane: str, other: dict[str, int]) -> None:
+        for name, n in other.items():
+            seen[lane][name] = max(n, seen[lane].get(name, -1))
+
+    for n, x in enumerate(plan.launches):
+        if x.lane not in seen:
+            seen[x.lane] = dict(seen[HOME])
+        awaited = [*x.waits, *(values_of(x) if x.op == "arrive" else ())]
+        for mark in (marks[name] for name in awaited):
+            reach(x.lane, mark)
+        if x.op == "join":
+            for other in list(seen.values()):
+                reach(HOME, other)
+        held.update((value, x.lane) for value in x.uses)
+        # of an exchange the device reads the rows alone, and what is under way is no memory of a lane
+        reads = values_of(x)[:1] if x.op in EXCHANGES else [] if x.op == "arrive" else values_of(x)
+        for value in reads:
+            lane, at = made.get(value, (x.lane, n))
+            if lane == x.lane:
+                continue
+            if seen[x.lane].get(lane, -1) < at:
+                raise PlanError(f"launch {x} may run before {value}, which lane {lane} makes")
+            if (value, x.lane) not in held and value not in plan.inputs:
+                raise PlanError(f"launch {x}: nothing holds the memory of {value}, which is lane {lane}'s")
+        seen[x.lane][x.lane] = n
+        written = [v for v in reads if v.startswith("dleaf")]
+        made |= {out: (x.lane, n) for out in (*x.outs, *written) if x.op != "slice"}
+        if x.records:
+            marks[x.records] = dict(seen[x.lane])
+        if x.op in EXCHANGES:
+            marks[x.outs[0]] = dict(seen[x.lane])
+    for value in (*plan.outputs, *plan.saved):
+        if made.get(value, (HOME, 0))[0] != HOME and (value, HOME) not in held:
+            raise PlanError(f"plan {plan.phase}: nothing holds the memory of {value}, which outlives the plan")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import regions
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from moefx.codegen.emit import emit
+from moefx.passes._launches import check_lanes, values_of
+from moefx.passes.lower import lower
 from moefx.passes.lower_parallel import lower_parallel, saved_values
-from moefx.passes.partition import Layout, expert_parallel
+from moefx.passes.partition import Layout, expert_parallel, partition
 from moefx.passes.schedule import schedule
 from moefx.passes.simplify import simplify
 
 from moefx.errors import PlanError
-from moefx.ir import Plan, Region
+from moefx.ir import Launch, Plan, Region, Schedule
 from moefx.parallel import holding
 
 
@@ -82,3 +90,55 @@ def test_a_graph_without_codec_tasks_is_refused() -> None:
     graph = expert_parallel(1, "forward", Layout())
     with pytest.raises(PlanError, match="the task graph lacks C1_0, D1_0, C2_0, D2_0"):
         lower_parallel(region, local(region), graph, schedule(graph, "fifo"), 1, codec=True)
+
+
+# ------------------------------------------------------------------------------------------------ between lanes
+
+
+@given(
+    st.sampled_from(sorted(regions.STYLES)), st.sampled_from(["output", "input"]), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(1, 5), st.integers(1, 5), st.sampled_from(["fifo", "serial"]),
+)  # fmt: skip
+def test_lanes_wait_for_what_they_use(
+    style: str, position: Any, identity: bool, codec: bool, padded: bool, forward: int, backward: int, policy: str
+) -> None:
+    """`check_lanes`, which every plan passes when it is made, of all kinds of plans of both phases."""
+    region = simplify(regions.region(style, weight_position=position, identity=identity))
+    shapes = regions.STYLES[style]()[2]
+    held = holding(region, {name: torch.empty(shape) for name, shape in shapes.items()}, 1, 0).region
+    for phase, degree in (("forward", forward), ("backward", backward)):
+        graph = expert_parallel(degree, phase, Layout(codec=codec))  # type: ignore[arg-type]
+        check_lanes(lower_parallel(region, held, graph, schedule(graph, policy), forward, codec, padded))
+        alone = partition(region, degree, phase)  # type: ignore[arg-type]
+        lanes = tuple((f"lane{n}", (t.name,)) for n, t in enumerate(alone.tasks))  # each task on a lane of its own
+        check_lanes(lower(region, alone, Schedule(phase, degree, lanes)))
+
+
+def without(plan: Plan, field: str) -> list[tuple[Launch, Plan]]:
+    """The plan with one entry of that field less, for each there is, and the launch that lost it."""
+    plans = []
+    for n, x in enumerate(plan.launches):
+        for entry in getattr(x, field):
+            poorer = replace(x, **{field: tuple(e for e in getattr(x, field) if e != entry)})
+            plans.append((x, replace(plan, launches=(*plan.launches[:n], poorer, *plan.launches[n + 1 :]))))
+    return plans
+
+
+def test_a_lane_that_does_not_wait_or_hold_is_refused() -> None:
+    """Take away any event that a lane waits for, or any value that it holds."""
+    for phase, padded in itertools.product(("forward", "backward"), (False, True)):
+        whole = plan(phase, 3, 3, True, padded)
+        for field, problem in (("waits", "may run before"), ("uses", "nothing holds the memory")):
+            first = next(x for x in whole.launches if x.lane == "inter")  # its lane begins behind all before it
+            poorer = [broken for x, broken in without(whole, field) if field == "uses" or x != first]
+            assert len(poorer) >= 5, "of three chunks each, there and back"
+            for broken in poorer:
+                with pytest.raises(PlanError, match=problem):
+                    check_lanes(broken)
+
+
+def test_writing_in_place_what_another_lane_writes_is_refused() -> None:
+    whole = plan("backward", 2, 2)
+    moved = [replace(x, lane="w", uses=values_of(x)) if x.op == "grouped_wgrad" else x for x in whole.launches]
+    with pytest.raises(PlanError, match="may run before dleaf"):
+        check_lanes(replace(whole, launches=tuple(moved)))
