@@ -3,10 +3,11 @@
 Per shape and number of tokens: the routed layer (router, dispatch, experts, combine) forward and forward + backward, in
 bf16 on random inputs: milliseconds (the median of rounds in which every peer has its turn), useful TFLOP/s (6 T K D F
 forward, 18 T K D F with backward), the share of the matmul ceiling measured in the same run; for few tokens GB/s of the
-weights of the experts that are hit; memory at the peak of a step beside weights, inputs and parameter gradients. The step
-is timed from an idle GPU, so the time that the host needs to launch it counts. For few tokens a third time is that of the
-forward as a CUDA graph, where a peer can be captured, and the speed is that of the graph. The last column of moefx's rows
-of many tokens: its step with skewed routing (Zipf's popularity of experts), as a multiple of the step with even routing.
+weights of the experts that are hit; memory at the peak of a step beside weights, inputs and parameter gradients. A turn is
+several calls one after another, so that the host launches while the GPU computes, as in a model; where the host is slower,
+its time counts. For few tokens a third time is that of the forward as a CUDA graph, where a peer can be captured, and the
+speed is that of the graph. The last column of moefx's rows of many tokens: its step with skewed routing (Zipf's popularity
+of experts), as a multiple of the step with even routing.
 
 Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile.
 """
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ SHAPES = {
     "qwen3-next": Shape(512, 2048, 512, 10),
 }
 TOKENS = (1, 16, 64, 512, 4096, 16384, 32768)
+CALLS = 4  # of a turn
 FEW_TOKENS = 64  # up to here the time is that of reading weights
 PEERS = ("hf eager", "hf grouped_mm", "hf grouped_mm compiled", "moefx")
 
@@ -107,13 +110,14 @@ def make(peer: str, shape: Shape, device: str) -> nn.Module:
     return layer
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
+def milliseconds(run: Callable[[], Any], calls: int = 1) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    run()
+    for _ in range(calls):
+        run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / calls
 
 
 def median(run: Callable[[], Any], rounds: int = 7) -> float:
@@ -158,6 +162,7 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
             layer(x)
 
     def step(layer: nn.Module) -> None:
+        clear(layer)
         layer(x).backward(gy)
 
     def clear(layer: nn.Module) -> None:
@@ -173,12 +178,13 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
-            ms = milliseconds(lambda: step(layer))  # noqa: B023
+            calls = CALLS if turn >= 2 else 1
+            ms = milliseconds(lambda: step(layer), calls)  # noqa: B023
             if turn == 1:
                 own = sum(p.numel() * p.element_size() for p in layer.parameters())
                 peaks[peer] = torch.cuda.max_memory_allocated() - before - own
             clear(layer)
-            forward_ms = milliseconds(lambda: forward(layer))  # noqa: B023
+            forward_ms = milliseconds(lambda: forward(layer), calls)  # noqa: B023
             if turn >= 2:
                 steps[peer].append(ms)
                 forwards[peer].append(forward_ms)
@@ -219,6 +225,8 @@ def skew(layer: nn.Module, shape: Shape, tokens: int) -> str:
     x.requires_grad_()
 
     def step() -> None:
+        for p in (x, *layer.parameters()):
+            p.grad = None
         layer(x).backward(gy)
 
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -226,9 +234,7 @@ def skew(layer: nn.Module, shape: Shape, tokens: int) -> str:
         for skewed in times:
             with torch.no_grad():
                 router[:, 0] = popular * spread if skewed else before
-            ms = milliseconds(step)
-            for p in (x, *layer.parameters()):
-                p.grad = None
+            ms = milliseconds(step, CALLS)
             if turn:
                 times[skewed].append(ms)
     with torch.no_grad():
@@ -297,7 +303,7 @@ def main() -> None:
             if time.perf_counter() - start > options.budget:
                 break
             results = measure(base, shape, tokens, options.rounds, options.slow)
-            lines = rows(name, shape, tokens, results, top, lambda: skew(base["moefx"], shape, tokens))  # noqa: B023
+            lines = rows(name, shape, tokens, results, top, partial(skew, base.get("moefx"), shape, tokens))
             print("\n".join(lines), flush=True)
             head += lines
         del base

@@ -44,9 +44,9 @@ GROUP = 8
 # Stages of block kernels, as the chip turned out to have room for; see `launch_block`.
 STAGES: dict[Hashable, int] = {}
 # The rows of a tile: few sizes, so that few kernels serve all numbers of tokens.
-ROWS = (16, 64, 128)
-# From so many rows an expert on, at the mean, tiles of 128 rows are mostly full, and the copy engine pays.
-MANY_ROWS = 65
+ROWS = (16, 128)
+# From so many rows an expert on, at the mean, the copy engine's blocks of 128 rows pay: an expert's matrix is read once.
+MANY_ROWS = ROWS[0] + 1
 
 # ------------------------------------------------------------------------------------------------ tiles
 
@@ -94,12 +94,18 @@ def choose_tile(
     return tile
 
 
-def tiles_for(rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1) -> list[Tile]:
-    """`choose_tile` for these operands; all that another number of rows would choose while kernels are only made ready; a
-    small tile in the interpreter."""
+def tiles_for(
+    rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1, done: bool = False
+) -> list[Tile]:
+    """`choose_tile` for these operands, or none where blocks have done it; while kernels are only made ready all that
+    another number of rows would choose; a small tile in the interpreter."""
+    if done and not compiling():
+        return []
     if interpreted():
         return [Tile(32, 32, 32, 4, 1)]
-    sizes = ROWS if compiling() else [-(-total_rows // experts)]
+    sizes = [-(-total_rows // experts)]
+    if compiling():
+        sizes = [n for n in ROWS if n < MANY_ROWS or not done]
     of_chip = shared_bytes(rows.device)
     tiles = [choose_tile(rows.dtype, float32_precision(), n, columns, of_chip, products) for n in sizes]
     return list(dict.fromkeys(tiles))
@@ -248,7 +254,7 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     total = rows.shape[0] if order is None else order.numel()
     out = rows.new_empty(total, columns)
     done = not out.numel() or (order is None and _launch_block_linear(rows, weight, offsets, out))
-    for tile in tiles_for(rows, total, experts, columns) if compiling() or not done else []:
+    for tile in tiles_for(rows, total, experts, columns, done=done):
         tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(columns, tile.columns)
         with on_device(rows):
             launch(

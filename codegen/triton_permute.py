@@ -24,9 +24,9 @@ from torch import Tensor
 ELEMENTS = 2048
 
 
-def _blocks(width: int) -> tuple[int, int]:
+def _blocks(width: int, most: int = 512) -> tuple[int, int]:
     """(rows, columns) of a program's block for rows of `width` features."""
-    columns = power_of_2(width, least=16, most=512)
+    columns = power_of_2(width, least=16, most=most)
     return ELEMENTS // columns, columns
 
 
@@ -58,7 +58,7 @@ def gather_rows(x: Tensor, order: Tensor, top_k: int, offsets: Tensor, w: Tensor
     rows, width = order.numel(), x.shape[1]
     out = x.new_empty(rows, width)
     if out.numel():
-        bm, bn = _blocks(width)
+        bm, bn = _blocks(width, most=256)
         with on_device(x):
             launch(
                 gather_rows_kernel, (triton.cdiv(rows, bm), triton.cdiv(width, bn)),

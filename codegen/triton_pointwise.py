@@ -25,7 +25,6 @@ import triton
 from moefx.codegen import triton_grouped
 from moefx.codegen.triton_launch import (
     check_dtypes,
-    compiling,
     described,
     described_rows,
     float32_precision,
@@ -912,8 +911,7 @@ class Pointwise:
         products = [rows.new_empty(total, n) if save else rows for n in widths]
         outputs = self._new_outputs([rows.dtype] * len(widths), leaves, rows, total)
         done = not total or self._launch_block(rows, weights, products, leaves, outputs, offsets, order, top_k, save)
-        tiles = triton_grouped.tiles_for(rows, total, experts, sources.width, sources.products)
-        for tile in tiles if compiling() or not done else []:
+        for tile in triton_grouped.tiles_for(rows, total, experts, sources.width, sources.products, done):
             tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(sources.width, tile.columns)
             args: list[Any] = []
             for weight, product in zip(weights, products):

@@ -220,12 +220,14 @@ class ParallelRegion(CompiledRegion):
 
     def run_backward(
         self, saved: Saved, gy: Tensor, tensors: list[Tensor], wanted: list[bool], need_x: bool,
-        matrix_dtype: torch.dtype | None,
+        matrix_dtype: torch.dtype | None, once: bool = False,
     ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:  # fmt: skip
         steps, grads = self.begin_backward(saved, gy, tensors, wanted, need_x, matrix_dtype)
         return self.end_backward(BegunBackward(steps, grads, ()), wanted, gy.device.type)
 
-    def _runtime(self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True) -> Runtime:
+    def _runtime(
+        self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True, once: bool = False
+    ) -> Runtime:
         ops = ops_for(device.type, self.kernels)
         kernels = self._pointwise_kernels(ops)
         runtime = Counted if self.wire.capacity is None else Padded

@@ -245,7 +245,7 @@ def test_products_by_the_copy_engine(
 def test_any_tile_gives_the_same(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns, inner = tile
     chosen = triton_grouped.Tile(rows, columns, inner, 4, 1)
-    monkeypatch.setattr(triton_grouped, "tiles_for", lambda *_: [chosen])
+    monkeypatch.setattr(triton_grouped, "tiles_for", lambda *_, **__: [chosen])
     c = make(100, 2, 5, "any")
     got = OPS["grouped_linear"](c.rows, c.weight, c.offsets)
     assert relative(c.held(got), ops.grouped_linear(c.held(c.rows), c.weight, c.offsets)) <= 2e-6
