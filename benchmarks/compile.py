@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is begun any more")
+    parser.add_argument("--together", action="store_true", help="the cold processes side by side: sooner, their times longer")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--first-calls", type=Path, help=argparse.SUPPRESS)  # what the cold processes do
@@ -254,18 +256,24 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
         calls.pop(name, None)
         made.model.zero_grad(set_to_none=True)
 
-    for i, (name, result) in enumerate(results.items()):
-        left = end - time.perf_counter()
-        if left < 0:
+    def cold_of(name: str) -> None:
+        try:
+            results[name].cold_s = cold(name, caches[name], arguments, end - time.perf_counter())
+        except Exception as error:  # noqa: BLE001 - the row may still run, and the others must
+            print(f"{name}: no cold time: {str(error)[-300:]}", flush=True)
+
+    caches = {name: folder / str(i) for i, name in enumerate(results)}
+    compiled = [name for name in results if ROWS[name].compile is not None or ROWS[name].optimize]
+    if options.together:
+        with ThreadPoolExecutor(len(compiled) or 1) as pool:
+            list(pool.map(cold_of, compiled))
+    for name, result in results.items():
+        if time.perf_counter() > end:
             result.failed = "not begun: the time was over"
             continue
-        caches = folder / str(i)
-        if ROWS[name].compile is not None or ROWS[name].optimize:
-            try:
-                result.cold_s = cold(name, caches, arguments, left)
-            except Exception as error:  # noqa: BLE001 - the row may still run, and the others must
-                print(f"{name}: no cold time: {str(error)[-300:]}", flush=True)
-        use_cache(caches)
+        if name in compiled and not options.together:
+            cold_of(name)
+        use_cache(caches[name])
         try:
             result.warm_s, result.loss, twin, calls[name] = made.first_calls(name)
             check(name, twin, calls[name], explained)

@@ -78,7 +78,7 @@ class Runtime:
     ) -> None:
         self.ops = ops
         self._pointwise = pointwise or {}
-        self._keep, self._once = keep, once
+        self._keep, self._overwrite = keep, once
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._device = device
         self._delays = delays
@@ -243,7 +243,7 @@ class Runtime:
         kernel = self._pointwise.get(function.__name__)
         if kernel:
             given = (inputs, leaves, offsets, gradients, order, w)
-            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(*given, in_place=self._once)
+            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(*given, in_place=self._overwrite)
             return (*outputs, *input_grads, *leaf_grads, gw)
         (g,) = gradients
         scale = self.ops["slot_rows"](w, order, offsets)
