@@ -96,6 +96,7 @@ class ParallelRuntime(Runtime):
         super().__init__(ops, device, pointwise, keep, delays)
         self.wire, self.phase, self.degrees = wire, phase, degrees
         self.codec = wire.codecs.get(phase)
+        self._made: dict[Any, Any] = {}  # what was made for all chunks at once; on the device by the lane that is named
 
     # -------------------------------------------------------------------------------------------- exchanges
 
@@ -161,15 +162,23 @@ class ParallelRuntime(Runtime):
         """Some rows of what all chunks of forward saved."""
         return values.index_select(0, index)
 
-    def _rows_by_expert(self, ids: Tensor, cell: Tensor, cells: int) -> Tensor:
-        """[cells, P, m]: how many slots of ids [T, K] each expert has, by the cell [T] of the token."""
-        bins_per_cell = self.wire.ranks * self.wire.most
-        bins = (cell.unsqueeze(1) * bins_per_cell + ids.long()).reshape(-1)
-        outside = (ids < 0) | (ids >= self.wire.experts)
-        bins = bins.masked_fill(outside.reshape(-1), cells * bins_per_cell)
-        rows = torch.zeros(cells * bins_per_cell + 1, dtype=torch.int64, device=ids.device)
-        rows.scatter_add_(0, bins, torch.ones_like(bins))
-        return rows[:-1].view(cells, self.wire.ranks, self.wire.most)
+    def _made_once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made when it is first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _rows_by_expert(self, ids: Tensor, cell: Tensor | None, cells: int) -> Tensor:
+        """[cells, P, m]: how many slots of ids [T, K] each expert has, by the cell [T] of the token (None: there is one)."""
+        experts, ranks, most = self.wire.experts, self.wire.ranks, self.wire.most
+        bins = ids.long().clamp(-1, experts) + 1  # the first and the last one are of no expert
+        if cell is not None:
+            bins = bins + (cell * (experts + 2)).unsqueeze(1)
+        rows = torch.zeros(cells * (experts + 2), dtype=torch.int64, device=ids.device)
+        rows.scatter_add_(0, bins.reshape(-1), torch.ones_like(bins).reshape(-1))
+        inside = rows.view(cells, -1)[:, 1:-1]
+        missing = ranks * most - experts  # places of the last ranks without an expert
+        return (torch.nn.functional.pad(inside, (0, missing)) if missing else inside).unflatten(1, (ranks, most))
 
     def _tell(self, rows: Tensor) -> Tensor:
         """What all ranks tell this one in counts [P, n, W], of which they get one piece each, in the same shape."""
@@ -183,10 +192,12 @@ class Counted(ParallelRuntime):
     def counts(self, ids: Tensor) -> Tensor:
         """See the head of this file; ids outside [0, E) are sent nowhere."""
         forward, backward = self.degrees
-        token = torch.arange(ids.shape[0], device=ids.device)
-        cell, cells = _chunk_of(token, ids.shape[0], forward)[0], forward
-        if forward != backward:
-            cell, cells = cell * backward + _chunk_of(token, ids.shape[0], backward)[0], forward * backward
+        tokens, cell, cells = ids.shape[0], None, forward
+        if max(forward, backward) > 1:
+            token = torch.arange(tokens, device=ids.device)
+            cell = _chunk_of_token(token, tokens, forward)
+            if forward != backward:
+                cell, cells = cell * backward + _chunk_of_token(token, tokens, backward), forward * backward
         rows = self._rows_by_expert(ids, cell, cells)  # [cells, P, m]
         ranks, held = self.wire.ranks, len(self.wire.held)
         if self.wire.wants_all_rows:
@@ -204,52 +215,79 @@ class Counted(ParallelRuntime):
         known = pairs.unflatten(-1, (ranks, ranks)) if pairs.shape[-1] else None
         return sent, received.unflatten(-1, (ranks, held)), known
 
-    def _of_chunk(self, counts: Tensor, chunk: int) -> Tensor:
-        """The counts of one chunk of this phase."""
-        if self.phase == "forward" or self.degrees[0] == self.degrees[1]:
-            return counts[chunk].sum(0)
-        return counts[:, chunk].sum(0)
+    def _by_chunk(self, counts: Tensor) -> Tensor:
+        """[r, ...] of this phase's chunks, of counts [rf, n, ...]."""
+        return counts.sum(1 if self.phase == "forward" or self.degrees[0] == self.degrees[1] else 0)
 
     def splits(self, counts: Tensor, chunk: int) -> tuple[Rows, Rows, list[Rows] | None]:
+        splits: tuple[Rows, Rows, list[Rows] | None] = self._made_once("splits", lambda: self._splits(counts))[chunk]
+        return splits
+
+    def _splits(self, counts: Tensor) -> list[tuple[Rows, Rows, list[Rows] | None]]:
         sent, received, pairs = self.parts(counts)
-        mine = torch.nn.functional.pad(self._of_chunk(sent, chunk), (0, self.wire.ranks * self.wire.most - self.wire.experts))
-        leaving, coming = mine.view(self.wire.ranks, -1).sum(1), self._of_chunk(received, chunk).sum(1)
-        return leaving.tolist(), coming.tolist(), None if pairs is None else self._of_chunk(pairs, chunk).tolist()
+        ranks = self.wire.ranks
+        mine = torch.nn.functional.pad(self._by_chunk(sent), (0, ranks * self.wire.most - self.wire.experts))
+        leaving, coming = mine.unflatten(1, (ranks, -1)).sum(2).tolist(), self._by_chunk(received).sum(2).tolist()
+        known = [None] * len(leaving) if pairs is None else self._by_chunk(pairs).tolist()
+        return list(zip(leaving, coming, known))
 
     # -------------------------------------------------------------------------------------------- orders
 
     def regroup(self, counts: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """order [R], offsets [e+1], position [R, 1] that bring rows by (source rank, expert) into the order of experts."""
-        rows = self._of_chunk(self.parts(counts)[1], chunk)  # [P, e]
-        starts = _exclusive(rows.reshape(-1)).view_as(rows)
-        order = self._segments(starts.t(), rows.t())
-        position = torch.empty_like(order)
-        position[order] = torch.arange(order.numel(), device=order.device)
-        offsets = torch.nn.functional.pad(rows.sum(0).cumsum(0), (1, 0)).int().to(self._device, non_blocking=True)
-        return order, offsets, position.unsqueeze(1)
+        return self._made_once((self._lane, "orders"), lambda: self._orders(counts, False))[chunk][:3]  # type: ignore[no-any-return]
 
     def regroup_picked(
         self, counts: Tensor, rorder_all: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """For a chunk of backward alone: `regroup` of its gradients; then, of each of its rows in the order of experts, the
         number among all rows that arrived in forward, and among all that forward had in the order of experts."""
-        order, offsets, position = self.regroup(counts, chunk)
-        received = self.parts(counts)[1]
-        by_forward = received.sum(1)  # [rf, P, e]
-        by_expert = by_forward.transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
-        starts = _exclusive(by_expert.reshape(-1)).view_as(by_expert)
-        starts = starts + received[:, :chunk].sum(1).transpose(1, 2)
-        index = self._segments(starts.permute(1, 2, 0), received[:, chunk].permute(2, 1, 0))
-        return order, offsets, position, rorder_all.index_select(0, index), index
 
-    def _segments(self, starts: Tensor, lengths: Tensor) -> Tensor:
-        """start, start + 1, ... of every segment, one behind the other: int64 on the device, without the host waiting."""
-        lengths = lengths.reshape(-1)
-        total = int(lengths.sum())
-        shift = starts.reshape(-1) - _exclusive(lengths)
-        shift, lengths = torch.stack([shift, lengths]).to(self._device, non_blocking=True)
-        repeated = torch.repeat_interleave(shift, lengths, output_size=total)
-        return repeated + torch.arange(total, device=self._device)
+        def make() -> list[tuple[Tensor, ...]]:
+            orders = self._orders(counts, True)
+            sizes = [order.numel() for order, *_ in orders]
+            arrived = rorder_all.index_select(0, torch.cat([index for *_, index in orders])).split(sizes)
+            return [(*order[:3], came, order[3]) for order, came in zip(orders, arrived)]
+
+        return self._made_once((self._lane, "picked"), make)[chunk]  # type: ignore[no-any-return]
+
+    def _orders(self, counts: Tensor, picked: bool) -> list[tuple[Tensor, ...]]:
+        """`regroup` of every chunk, and the last result of `regroup_picked` if asked for: one upload, made at once.
+
+        All are segments of ascending numbers. Each piece begins at a multiple of 16 bytes, as memory of its own would: kernels
+        are compiled for that.
+        """
+        received = self.parts(counts)[1]
+        rows = self._by_chunk(received)  # [r, P, e]
+        by_expert = rows.transpose(1, 2)
+        chunks, held = rows.shape[0], rows.shape[2]
+        starts = _before(rows.flatten(1)).view_as(rows).transpose(1, 2)
+        segments = [(starts, by_expert), (_before(by_expert.flatten(1)).view_as(by_expert).transpose(1, 2), rows)]
+        if picked:
+            lying = received.sum(1).transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
+            first = _exclusive(lying.reshape(-1)).view_as(lying).permute(1, 2, 0)
+            of_before, of_chunk = (t.permute(1, 3, 2, 0) for t in (received.cumsum(1) - received, received))
+            segments.append((first + of_before, of_chunk))  # [r, e, P, rf]
+        sizes = rows.flatten(1).sum(1)
+        even = torch.stack([torch.zeros_like(sizes), sizes % 2], 1)  # what makes every piece even
+        shifts, lengths = (
+            torch.cat([torch.cat([part.flatten(1), even[:, i : i + 1]], 1).reshape(-1) for part in parts])
+            for i, parts in enumerate(zip(*segments))
+        )
+        pitch = -(-(held + 1) // 4) * 4
+        offsets = torch.nn.functional.pad(rows.sum(1).cumsum(1), (1, pitch - held - 1))
+        table = torch.cat([offsets.reshape(-1), shifts - _exclusive(lengths), lengths]).int()
+        if self._device.type == "cuda":
+            table = table.pin_memory()
+        there = table.to(self._device, non_blocking=True)
+        edges, shifts, lengths = there.split([offsets.numel(), shifts.numel(), shifts.numel()])
+        each = sizes.tolist()
+        total = len(segments) * sum(size + size % 2 for size in each)
+        numbers = torch.repeat_interleave(shifts, lengths, output_size=total) + torch.arange(total, device=self._device)
+        pieces = numbers.split([n for _ in segments for size in each for n in (size, size % 2)])[::2]
+        order, position, *index = (pieces[i * chunks : (i + 1) * chunks] for i in range(len(segments)))
+        rows_of = edges.view(chunks, pitch)[:, : held + 1].unbind()
+        return list(zip(order, rows_of, [p.unsqueeze(1) for p in position], *index))
 
     def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
         """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""
@@ -264,7 +302,7 @@ class Counted(ParallelRuntime):
     def pick_own(self, h_all: Tensor, position_all: Tensor, order: Tensor, counts: Tensor, chunk: int) -> Tensor:
         """Of the results of all chunks those of one chunk of backward, in its own order."""
         first, end = chunk_bounds(position_all.shape[0], self.degrees[1])[chunk]
-        rows = int(self._of_chunk(self.parts(counts)[0], chunk).sum())
+        rows = sum(self.splits(counts, chunk)[0])
         return h_all.index_select(0, position_all[first:end].reshape(-1).index_select(0, order[:rows]))
 
 
@@ -283,7 +321,7 @@ class Padded(ParallelRuntime):
     def counts(self, ids: Tensor) -> Tensor:
         """See the head of this file. A rank with more rows for an expert than it has room for is an error on all ranks: a
         CapacityError, or on CUDA an assertion on the device, which the host sees when it next waits for that."""
-        rows = self._rows_by_expert(ids, torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device), 1)[0]  # [P, m]
+        rows = self._rows_by_expert(ids, None, 1)[0]  # [P, m]
         told = self._tell(torch.cat([rows, rows.max().expand(self.wire.ranks, 1)], 1).unsqueeze(1)).squeeze(1)
         most = told[:, -1]
         if most.is_cuda:
@@ -402,6 +440,12 @@ def _rows(position: Tensor, places: int) -> int:
     return min(places, position.numel()) if position.is_cuda else int((position >= 0).sum())
 
 
+def _chunk_of_token(token: Tensor, tokens: int, degree: int) -> Tensor:
+    """The chunk of each token, as `chunk_bounds` cuts."""
+    base, more = divmod(tokens, degree)  # the first chunks, `more` of them, have one more
+    return torch.maximum(token // (base + 1), (token - more) // max(base, 1))
+
+
 def _chunk_of(number: Tensor, total: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
     """The chunk of each number below `total`, as `chunk_bounds` cuts; where that begins, and its size."""
     base, more = divmod(total, degree)
@@ -413,3 +457,8 @@ def _chunk_of(number: Tensor, total: int, degree: int) -> tuple[Tensor, Tensor, 
 def _exclusive(counts: Tensor) -> Tensor:
     """Sums of all that come before."""
     return counts.cumsum(0) - counts
+
+
+def _before(counts: Tensor) -> Tensor:
+    """Sums of all that come before, row by row of counts [r, n]."""
+    return counts.cumsum(1) - counts
