@@ -270,7 +270,7 @@ class Spread:
         if self.chunk_s is None and self.profile is not None:
             bare, _ = Spread(self.bench, layer, self.params).plan(replace(options, degree=1, policy="fifo"), 16)
             compile_kernels([bare], self.params, random_batch(self.bench, layer, 16, self.dtype))
-            measured = chunk_seconds(self.region, self.held.region, self.params, wire, "auto")
+            measured = chunk_seconds(self.region, self.held.region, self.params, wire, "auto", max(TOKENS))
             self.chunk_s = self.bench.share(measured)
         sizes = Sizes(
             max(1, tokens), layer.top_k, width, layer.d_expert, wire.most * wire.ranks, wire.ranks,

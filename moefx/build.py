@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, MappingProxyType
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from moefx.passes.schedule import choose, schedule
 from moefx.passes.simplify import simplify
 from moefx.profile import Profile
 from moefx.region_op import register
-from moefx.simulate import COMPUTE, Timeline, simulate
+from moefx.simulate import COMPUTE, Host, Timeline, simulate
 
 PHASES: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
 MOST_CHUNKS = 64  # "auto" looks at degrees up to here
@@ -65,8 +65,9 @@ def compile_parallel(
 
     sizes, profile: what a degree or an order that `options` leave open is chosen by. wire_shares: by phase, the bytes of an
     encoded row per byte of a row; no entry, no codec. decided: the texts of the schedules, where another rank has chosen.
-    chunk_s: by phase, seconds that one more chunk costs however few rows it has, beyond what the profile knows; and as
-    "exchange" those of an exchange of next to nothing, which no exchange is faster than.
+    chunk_s: by phase, seconds that one more chunk costs however few rows it has, beyond what the profile knows; as "exchange"
+    those of an exchange of next to nothing, which no exchange is faster than; and where a host launches what a device runs, as
+    "host forward" those that it needs for the launches of one more chunk, as "host forward once" for the others.
     """
     chosen = []
     for i in (0, 1):
@@ -77,7 +78,8 @@ def compile_parallel(
         priced = replace(priced, all_to_all=options.all_to_all)
         given = Schedule.parse(decided[i]) if decided else None
         least = chunk_s.get(phase, 0.0), chunk_s.get("exchange", 0.0)
-        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least))
+        host = Host(chunk_s.get(f"host {phase} once", 0.0), chunk_s.get(f"host {phase}", 0.0))
+        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least, host))
     graphs, schedules, timelines = (tuple(column) for column in zip(*chosen))
     degree = schedules[0].degree
     forward, backward = (
@@ -98,6 +100,7 @@ def _choose(
     given: Schedule | None,
     chunk_s: float,
     exchange_s: float,
+    host: Host,
 ) -> tuple[TaskGraph, Schedule, Timeline | None]:
     """The graph, its order, and what it costs."""
 
@@ -121,13 +124,25 @@ def _choose(
     if degree == "auto":
         choice = choose(build, min(sizes.capacity, MOST_CHUNKS), options.policy)
         least = min(r for r, s in choice.tried_s.items() if s <= (1 + NOT_WORTH_A_CHUNK) * choice.makespan_s)
-        if least == choice.degree:
-            return choice.timeline.graph, choice.schedule, choice.timeline
-        degree = least
+        degree = launchable(build, least, options.policy, host)
+        if degree == choice.degree:
+            return choice.timeline.graph, choice.schedule, simulate(choice.timeline.graph, choice.schedule, host)
     graph = build(degree)
     timed = profile is not None and degree <= sizes.capacity
     order = schedule(graph, options.policy if timed or not options.timed else "fifo")
-    return graph, order, simulate(graph, order) if timed else None
+    return graph, order, simulate(graph, order, host) if timed else None
+
+
+def launchable(build: Callable[[int], TaskGraph], degree: int, policy: str, host: Host) -> int:
+    """The best degree up to `degree`, which would be the best if launching took no time."""
+    if not host.chunk_s:
+        return degree
+    tried: dict[int, float] = {}
+    for r in sorted({r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, degree) if r <= degree}):
+        if r == 1 or host.once_s + r * host.chunk_s < min(tried.values()):  # no plan ends before it is launched
+            graph = build(r)
+            tried[r] = simulate(graph, schedule(graph, policy), host).makespan_s
+    return min(r for r, s in tried.items() if s <= (1 + NOT_WORTH_A_CHUNK) * min(tried.values()))
 
 
 def load(source: str) -> Emitted:

@@ -30,6 +30,8 @@ from moefx.runtime import ops_for
 RUNS = 5
 SIZES = 10  # a kind of work; every second one is held out
 SHORTEST_RUN_S = 1e-3  # faster work is repeated within a run
+CYCLES_A_LAUNCH = 500_000  # of a GPU, about 0.3 ms: longer than the host takes for a call
+AHEAD = 50  # calls that the host gets ahead by, at most
 HUBER = 1.345  # residuals beyond this many standard deviations count less
 
 
@@ -151,9 +153,14 @@ def measure(probe: Probe, device: str) -> Iterator[Sample]:
 
 
 def seconds_of(work: Callable[[], Any], device: str, repeat: int) -> float:
-    """Seconds of one call, as the mean of `repeat`: by events on CUDA, by the clock on the CPU."""
+    """Seconds of one call, as the mean of `repeat`: by events on CUDA, by the clock on the CPU.
+
+    On CUDA the device is given something else to do first, until the host is that far ahead: else short work would last as
+    long as its launch, which `moefx.parallel.chunk_seconds` measures apart.
+    """
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(min(repeat, AHEAD) * CYCLES_A_LAUNCH)
         start.record()
         for _ in range(repeat):
             work()
@@ -169,7 +176,7 @@ def seconds_of(work: Callable[[], Any], device: str, repeat: int) -> float:
 def local_probes(device: str, scale: float = 1.0) -> list[Probe]:
     """Products, grouped products of experts, gather of rows, and a cast to half the bytes and back."""
     cuda = device == "cuda"
-    width, experts = (2048, 8) if cuda else (256, 8)
+    width, hidden, experts = (2048, 1024, 16) if cuda else (256, 256, 8)
     dtype = torch.bfloat16 if cuda else torch.float32
     low, high = (round(scale * rows) for rows in ((1024, 65536) if cuda else (64, 4096)))
     low = max(low, experts)
@@ -186,9 +193,9 @@ def local_probes(device: str, scale: float = 1.0) -> list[Probe]:
 
     def grouped(rows: int) -> tuple[Callable[[], Any], float]:
         rows -= rows % experts
-        x, weight = values(rows, width), values(experts, width, width)
+        x, weight = values(rows, width), values(experts, hidden, width).transpose(1, 2)
         offsets = torch.arange(experts + 1, device=device, dtype=torch.int32) * (rows // experts)
-        return lambda: ops["grouped_linear"](x, weight, offsets), 2.0 * rows * width * width
+        return lambda: ops["grouped_linear"](x, weight, offsets), 2.0 * rows * width * hidden
 
     def permute(rows: int) -> tuple[Callable[[], Any], float]:
         x = values(rows, width)
@@ -229,6 +236,7 @@ def codec_probes(device: str, scale: float = 1.0) -> list[Probe]:
     return [probe(name) for name in CODECS if name != "none"]
 
 
+LARGE_MESSAGE = 262144  # kilobytes that a rank of a GPU sends, at most
 COLLECTIVES = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
 
 
@@ -237,7 +245,7 @@ def collective_probes(device: str, ranks: int, scale: float = 1.0) -> list[Probe
 
     def buffers(kilobytes: int) -> tuple[Tensor, Tensor]:
         own = torch.zeros(max(1, kilobytes * 256 // ranks) * ranks, device=device)  # float32
-        return own, torch.zeros(own.numel() * ranks, device=device)
+        return own, torch.empty(own.numel() * ranks, device=device)
 
     def all_to_all(kilobytes: int) -> tuple[Callable[[], Any], float]:
         own, _ = buffers(kilobytes)
@@ -259,7 +267,7 @@ def collective_probes(device: str, ranks: int, scale: float = 1.0) -> list[Probe
         return lambda: dist.all_reduce(own), 4 * own.numel() * 2 * (ranks - 1) / ranks
 
     makers = dict(zip(COLLECTIVES, (all_to_all, all_gather, reduce_scatter, all_reduce)))
-    low, high = max(1, round(16 * scale)), max(32, round(16384 * scale))
+    low, high = max(1, round(16 * scale)), max(32, round((LARGE_MESSAGE if device == "cuda" else 16384) * scale))
     return [Probe(kind, "wire_bytes", make, low, high) for kind, make in makers.items()]
 
 
@@ -268,6 +276,7 @@ def all_to_all_probes(device: str, group: dist.ProcessGroup, scale: float = 1.0)
     from moefx.codegen.all_to_all import ALL_TO_ALLS, Topology, make_all_to_all
 
     ranks, topology = group.size(), Topology.discover(group)
+    high = max(32, round((LARGE_MESSAGE if device == "cuda" else 8192) * scale))
 
     def probe(name: str) -> Probe:
         exchange = make_all_to_all(name, group, topology)
@@ -277,7 +286,7 @@ def all_to_all_probes(device: str, group: dist.ProcessGroup, scale: float = 1.0)
             rows, counts = torch.zeros(ranks, width, device=device), [1] * ranks
             return lambda: exchange.start(rows, counts, counts, [counts] * ranks).wait(), 4.0 * width * (ranks - 1)
 
-        return Probe(f"all_to_all:{name}", "wire_bytes", make, max(1, round(16 * scale)), max(32, round(8192 * scale)))
+        return Probe(f"all_to_all:{name}", "wire_bytes", make, max(1, round(16 * scale)), high)
 
     return [probe(name) for name in ALL_TO_ALLS]
 

@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 Degrees = tuple[int, int]
 MANY = 8  # chunks of a plan that shows what a chunk costs
+MOST_TOKENS = 8192  # of a plan that shows what launching a chunk costs
 
 
 # ------------------------------------------------------------------------------------------------ what a rank holds
@@ -429,7 +430,7 @@ def _decide(
         profile = _profile(parameter.device.type, group, options)
         params = {n: _piece(p, group) if n in held.stacked else p for n, p in module.named_parameters()}
         exact = replace(wire, experts=region.experts, capacity=None)
-        chunk_s = chunk_seconds(region, held.region, params, exact, options.kernels)
+        chunk_s = chunk_seconds(region, held.region, params, exact, options.kernels, sizes.tokens)
     texts: list[Any] = [None]
     if group.rank() == 0:
         first = compile_parallel(region, held.region, options, sizes, profile, shares, chunk_s=chunk_s)
@@ -439,17 +440,20 @@ def _decide(
 
 
 def chunk_seconds(
-    region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str
+    region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str, tokens: int = 0
 ) -> dict[str, float]:
     """By phase, what one more chunk costs when there is next to nothing in it, and the same of an "exchange".
 
     All ranks call it.
 
     Launches of kernels, messages without content and the plan's own Python: measured with plans of 1 and of MANY chunks of a
-    few tokens, on this rank's pieces of the parameters.
+    few tokens, on this rank's pieces of the parameters. On CUDA, where the host does all that beside the device, only until
+    the host is done, as "host forward" and so on, and what no chunk adds as "host forward once"; with up to MOST_TOKENS of
+    `tokens`, because many rows have kernels of their own.
     """
-    few = max(2 * MANY, wire.ranks)
     device = next(iter(params.values())).device
+    cuda = device.type == "cuda"
+    few = max(2 * MANY, wire.ranks, min(tokens, MOST_TOKENS) if cuda else 0)
     dtype = next(iter(params.values())).dtype
     x = torch.zeros(few, region.d_model, dtype=dtype, device=device)
     ids = torch.arange(few * region.top_k, device=device).view(few, -1) % region.experts
@@ -466,21 +470,29 @@ def chunk_seconds(
         y, saved = forward()
         backward = lambda c=compiled, t=tensors, s=saved, g=y: c.run_backward(s, g, t, [False] * len(t), True, None)  # noqa: E731
         for phase, run in (("forward", forward), ("backward", backward)):
-            seconds[phase].append(_median_s(run, wire.group, device))
+            seconds[phase].append(_median_s(run, wire.group, device, launches=cuda))
     few_rows, counts = x[: wire.ranks].contiguous(), [1] * wire.ranks
     exchange = _median_s(lambda: wire.all_to_all.start(few_rows, counts, counts).wait(), wire.group, device)
-    return {phase: max(0.0, (many - one) / (MANY - 1)) for phase, (one, many) in seconds.items()} | {"exchange": exchange}
+    chunk = {phase: max(0.0, (many - one) / (MANY - 1)) for phase, (one, many) in seconds.items()}
+    if not cuda:
+        return chunk | {"exchange": exchange}
+    once = {f"host {phase} once": max(0.0, one - chunk[phase]) for phase, (one, _) in seconds.items()}
+    return once | {f"host {phase}": s for phase, s in chunk.items()}
 
 
-def _median_s(run: Callable[[], Any], group: dist.ProcessGroup, device: torch.device) -> float:
+def _median_s(run: Callable[[], Any], group: dist.ProcessGroup, device: torch.device, launches: bool = False) -> float:
+    """launches: only until the host has launched everything."""
     times = []
     for _ in range(6):
         dist.barrier(group)
-        began = time.perf_counter()
-        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        run()
+        host_s = time.perf_counter() - began
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(host_s if launches else time.perf_counter() - began)
     return statistics.median(times[1:])
 
 
