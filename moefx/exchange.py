@@ -235,24 +235,17 @@ class Counted(ParallelRuntime):
 
     def regroup(self, counts: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """order [R], offsets [e+1], position [R, 1] that bring rows by (source rank, expert) into the order of experts."""
-        return self._made_once((self._lane, "orders"), lambda: self._orders(counts, False))[chunk][:3]  # type: ignore[no-any-return]
+        return self._made_once((self._lane, "orders"), lambda: self._orders(counts, None))[chunk]  # type: ignore[no-any-return]
 
     def regroup_picked(
         self, counts: Tensor, rorder_all: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """For a chunk of backward alone: `regroup` of its gradients; then, of each of its rows in the order of experts, the
         number among all rows that arrived in forward, and among all that forward had in the order of experts."""
+        return self._made_once((self._lane, "picked"), lambda: self._orders(counts, rorder_all))[chunk]  # type: ignore[no-any-return]
 
-        def make() -> list[tuple[Tensor, ...]]:
-            orders = self._orders(counts, True)
-            sizes = [order.numel() for order, *_ in orders]
-            arrived = rorder_all.index_select(0, torch.cat([index for *_, index in orders])).split(sizes)
-            return [(*order[:3], came, order[3]) for order, came in zip(orders, arrived)]
-
-        return self._made_once((self._lane, "picked"), make)[chunk]  # type: ignore[no-any-return]
-
-    def _orders(self, counts: Tensor, picked: bool) -> list[tuple[Tensor, ...]]:
-        """`regroup` of every chunk, and the last result of `regroup_picked` if asked for: one upload, made at once.
+    def _orders(self, counts: Tensor, rorder_all: Tensor | None) -> list[tuple[Tensor, ...]]:
+        """`regroup` of every chunk, or `regroup_picked` where there is a rorder_all: made at once, with one upload.
 
         All are segments of ascending numbers. Each piece begins at a multiple of 16 bytes, as memory of its own would: kernels
         are compiled for that.
@@ -263,7 +256,7 @@ class Counted(ParallelRuntime):
         chunks, held = rows.shape[0], rows.shape[2]
         starts = _before(rows.flatten(1)).view_as(rows).transpose(1, 2)
         segments = [(starts, by_expert), (_before(by_expert.flatten(1)).view_as(by_expert).transpose(1, 2), rows)]
-        if picked:
+        if rorder_all is not None:
             lying = received.sum(1).transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
             first = _exclusive(lying.reshape(-1)).view_as(lying).permute(1, 2, 0)
             of_before, of_chunk = (t.permute(1, 3, 2, 0) for t in (received.cumsum(1) - received, received))
@@ -281,13 +274,15 @@ class Counted(ParallelRuntime):
             table = table.pin_memory()
         there = table.to(self._device, non_blocking=True)
         edges, shifts, lengths = there.split([offsets.numel(), shifts.numel(), shifts.numel()])
-        each = sizes.tolist()
-        total = len(segments) * sum(size + size % 2 for size in each)
+        cuts = [n for size in sizes.tolist() for n in (size, size % 2)]
+        total = len(segments) * sum(cuts)
         numbers = torch.repeat_interleave(shifts, lengths, output_size=total) + torch.arange(total, device=self._device)
-        pieces = numbers.split([n for _ in segments for size in each for n in (size, size % 2)])[::2]
-        order, position, *index = (pieces[i * chunks : (i + 1) * chunks] for i in range(len(segments)))
+        parts = list(numbers.split(sum(cuts)) if total else [numbers] * len(segments))
+        if rorder_all is not None:
+            parts.insert(2, rorder_all.index_select(0, parts[2]))
+        order, position, *more = (part.split(cuts)[::2] for part in parts)
         rows_of = edges.view(chunks, pitch)[:, : held + 1].unbind()
-        return list(zip(order, rows_of, [p.unsqueeze(1) for p in position], *index))
+        return list(zip(order, rows_of, [p.unsqueeze(1) for p in position], *more))
 
     def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
         """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""

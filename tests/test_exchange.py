@@ -90,6 +90,7 @@ def test_backward_chunks_find_their_rows(received: torch.Tensor) -> None:
         rows = arriving(received, [(f, b) for b in range(backward)])
         order, offsets, position = first.regroup(counts, f)
         assert position[order, 0].tolist() == list(range(len(rows)))
+        assert all(part.data_ptr() % 16 == 0 for part in (order, offsets, position) if part.numel())
         experts_in_order = [rows[i][1] for i in order.tolist()]
         assert experts_in_order == sorted(experts_in_order)
         assert offsets.tolist() == [sum(e < x for e in experts_in_order) for x in range(experts + 1)]
@@ -99,7 +100,8 @@ def test_backward_chunks_find_their_rows(received: torch.Tensor) -> None:
     rorder_all = first.arrived_of_all(counts, orders)
     for b in range(backward):
         rows = arriving(received, [(f, b) for f in range(forward)])
-        gorder, _, _, rorder, rindex = second.regroup_picked(counts, rorder_all, b)
+        gorder, offsets, _, rorder, rindex = second.regroup_picked(counts, rorder_all, b)
+        assert all(part.data_ptr() % 16 == 0 for part in (gorder, offsets, rorder, rindex) if part.numel())
         mine = [rows[i] for i in gorder.tolist()]
         assert [in_order[i] for i in rindex.tolist()] == mine
         assert [came[i] for i in rorder.tolist()] == mine

@@ -19,9 +19,13 @@ from moefx.passes.partition import Layout, expert_parallel, partition
 from moefx.passes.schedule import schedule
 from moefx.passes.simplify import simplify
 
+from moefx.build import compile_parallel
+from moefx.costs import Sizes
 from moefx.errors import PlanError
 from moefx.ir import Launch, Plan, Region, Schedule
+from moefx.options import Options
 from moefx.parallel import holding
+from moefx.profile import preset
 
 
 def local(region: Region) -> Region:
@@ -142,3 +146,24 @@ def test_writing_in_place_what_another_lane_writes_is_refused() -> None:
     moved = [replace(x, lane="w", uses=values_of(x)) if x.op == "grouped_wgrad" else x for x in whole.launches]
     with pytest.raises(PlanError, match="may run before dleaf"):
         check_lanes(replace(whole, launches=tuple(moved)))
+
+
+# ------------------------------------------------------------------------------------------------ the host
+
+
+def test_a_slow_host_lowers_the_degree() -> None:
+    """`auto` takes what launching a chunk costs into account, and the times that it promises are never below that."""
+    region, profile = simplify(regions.region("swiglu_fused")), preset("pipemoe-16")
+    profile = replace(profile, lines={**profile.lines, "permute": replace(profile.lines["experts"], unit="hbm_bytes")})
+    sizes = Sizes(tokens=8192, top_k=2, d_model=4096, d_expert=4096, experts=6, ranks=3)
+    degrees = []
+    for host_s in (0.0, 1e-3, 1e-2, 1.0):
+        chunk_s = {f"host {phase}": host_s for phase in ("forward", "backward")} | {"host forward once": 1e-3}
+        plans = compile_parallel(region, local(region), Options(), sizes, profile, {}, chunk_s=chunk_s)
+        degrees.append([s.degree for s in plans.schedules])
+        for timeline, once in zip(plans.timelines, (1e-3, 0.0)):
+            assert timeline is not None
+            assert timeline.makespan_s >= once + timeline.graph.degree * host_s
+    for of_phase in zip(*degrees):
+        assert of_phase[0] > of_phase[-1] == 1
+        assert list(of_phase) == sorted(of_phase, reverse=True)
