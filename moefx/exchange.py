@@ -354,6 +354,11 @@ class Padded(ParallelRuntime):
         order, offsets, position = self.route(mine, self.wire.experts)
         return _filled(order, offsets, self.wire.experts * (end - first)), offsets, position
 
+    def _numbers(self, end: int, device: torch.device) -> Tensor:
+        """0, 1, ... end - 1, made once by each lane."""
+        numbers: Tensor = self._made_once((self._lane, end), lambda: torch.arange(end, device=device))
+        return numbers
+
     @staticmethod
     def outside(ids: Tensor, experts: int) -> Tensor:
         """[T, K]: -1 for slots that are no expert's, else 0."""
@@ -362,7 +367,7 @@ class Padded(ParallelRuntime):
     def pad(self, rows: Tensor, offsets: Tensor, chunk: int) -> Tensor:
         """[E * c, W] of rows [R, W] in the order of experts: c places for every expert."""
         first, end = self._slice(chunk)
-        place = offsets[:-1].long().unsqueeze(1) + torch.arange(end - first, device=rows.device)  # [E, c]
+        place = offsets[:-1].unsqueeze(1) + self._numbers(end - first, rows.device)  # [E, c]
         if rows.shape[0] == 0:
             return rows.new_zeros(place.numel(), rows.shape[1])
         return rows.index_select(0, place.reshape(-1).clamp_(max=rows.shape[0] - 1))
@@ -370,7 +375,7 @@ class Padded(ParallelRuntime):
     def unpad(self, padded: Tensor, order: Tensor, offsets: Tensor, chunk: int) -> Tensor:
         """The reverse: rows [R, W], as many as the order has."""
         first, end = self._slice(chunk)
-        row, edges = torch.arange(order.numel(), device=padded.device), offsets.long()
+        row, edges = self._numbers(order.numel(), padded.device), offsets.long()
         expert = torch.searchsorted(edges[1:].contiguous(), row, right=True).clamp_(max=self.wire.experts - 1)
         place = (row - edges[expert]).clamp_(max=max(0, end - first - 1))
         return padded.index_select(0, expert * (end - first) + place)
@@ -381,12 +386,16 @@ class Padded(ParallelRuntime):
         """order [R], offsets [e+1], position [P * e * c, 1] that bring places by (source rank, expert) into the order of
         experts; -1 for places without a row."""
         first, end = self._slice(chunk)
-        held = len(self.wire.held)
-        place = torch.arange(first, end, device=counts.device)
-        expert = torch.arange(held, device=counts.device).view(1, held, 1)
-        owner = torch.where(place < counts.unsqueeze(2), expert, held).reshape(-1, 1)  # [P * e * c, 1]
-        order, offsets, position = self.route(owner, held)
+        owner = self._made_once((self._lane, "owners"), lambda: self._owners(counts))[:, :, first:end].reshape(-1, 1)
+        order, offsets, position = self.route(owner, len(self.wire.held))
         return _filled(order, offsets, order.numel()), offsets, position
+
+    def _owners(self, counts: Tensor) -> Tensor:
+        """[P, e, C]: the expert of the row in every place, e where there is none."""
+        held = len(self.wire.held)
+        place = torch.arange(self.capacity, device=counts.device)
+        expert = torch.arange(held, device=counts.device).view(1, held, 1)
+        return torch.where(place < counts.unsqueeze(2), expert, held)
 
     def regroup_picked(
         self, counts: Tensor, rposition_all: Tensor, chunk: int
