@@ -364,12 +364,14 @@ _VJP = '''
 def {kernel}(
 {params}
     order, w, products,
-    offsets, experts, WEIGHTED: tl.constexpr, BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    offsets, experts, WEIGHTED: tl.constexpr, IN_PLACE: tl.constexpr,
+    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
     """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each.
 
-    With WEIGHTED the one output is multiplied row by row by w [slots], and its gradient is that of the product: products
-    [slots, {width} / BN] is the gradient of w, column block by column block.
+    With IN_PLACE results lie where inputs lay: all threads have read theirs before one writes. With WEIGHTED the one output
+    is multiplied row by row by w [slots], and its gradient is that of the product: products [slots, {width} / BN] is the
+    gradient of w, column block by column block.
     """
 {rows}
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -562,7 +564,7 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
     text += "\n\n" + _VJP.format(
         kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
         doc=f"{made} and the gradients of {', '.join(grads) or 'nothing'}.",
-        body=indent("\n".join(loads + values + g_loads + weigh + again + g_lines + g_stores), " " * 4),
+        body=indent("\n".join([*loads, *g_loads, *_BARRIER, *values, *weigh, *again, *g_lines, *g_stores]), " " * 4),
     )  # fmt: skip
 
     why_not = _why_not_linear(program, covered)
@@ -586,6 +588,8 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         forms,
     )
 
+
+_BARRIER = ("if IN_PLACE:", "    tl.debug_barrier()")
 
 _WEIGH = """\
 v{i}_again = {value}
@@ -837,7 +841,7 @@ class Pointwise:
         check_dtypes(f"{self.segment.name}.vjp", {f"grad{n}": g for n, g in enumerate(grads)})
         rows = inputs[0].shape[0]
         outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], rows)
-        if in_place:  # each program reads its elements of all of them before it writes them, and nobody else does
+        if in_place:  # a program reads its elements of all of them before it writes them, and no other program does
             outputs = [g if _alike(g, y) else y for g, y in zip(grads, outputs)]
         made = {
             s: t if in_place and t.is_contiguous() and self._writes_all(s) else self._new_gradient(s, t.shape, t)
@@ -859,7 +863,8 @@ class Pointwise:
             extra = [order, w.contiguous(), products]
         self._launch(
             f"{self.segment.name}_vjp", inputs, leaves, offsets,
-            [*outputs, *given, *(made[s] for s in sources.grads), *extra], WEIGHTED=weights is not None,
+            [*outputs, *given, *(made[s] for s in sources.grads), *extra],
+            WEIGHTED=weights is not None, IN_PLACE=in_place,
         )  # fmt: skip
         leaf_grads = [
             self._leaf_gradient(s, leaf, n, made, offsets)
