@@ -173,6 +173,9 @@ def seconds_of(work: Callable[[], Any], device: str, repeat: int) -> float:
     return (time.perf_counter() - began) / repeat
 
 
+FULL_ROWS = 256  # rows of an expert from which a GPU's blocks of 128 are mostly full: below, time does not fall with rows
+
+
 def local_probes(device: str, scale: float = 1.0) -> list[Probe]:
     """Products, grouped products of experts, gather of rows, and a cast to half the bytes and back."""
     cuda = device == "cuda"
@@ -210,7 +213,7 @@ def local_probes(device: str, scale: float = 1.0) -> list[Probe]:
 
     return [
         Probe("gemm", "flops", gemm, low, high),
-        Probe("experts", "flops", grouped, low, high),
+        Probe("experts", "flops", grouped, max(low, FULL_ROWS * experts) if cuda else low, high),
         Probe("permute", "hbm_bytes", permute, low, 4 * high),
         Probe("codec", "hbm_bytes", codec, low, 4 * high),
     ]
