@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from layer import milliseconds  # noqa: E402
 from multi_gpu_parts import (  # noqa: E402
     Batch,
     Layer,
@@ -130,16 +131,6 @@ class OneGpu:
 
     def share(self, value: Any) -> Any:
         return value
-
-
-def milliseconds(work: Callable[[], Any], repeats: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
 
 
 def in_turns(works: Mapping[str, Callable[[], Any]], rounds: int, repeats: int = 3) -> dict[str, float]:

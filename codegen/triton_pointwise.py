@@ -340,9 +340,9 @@ _POINTWISE = '''
 @triton.jit
 def {kernel}(
 {params}
-    offsets, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+{more}    offsets, experts, {constants}BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each."""
+    """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each.{note}"""
 {rows}
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     in_width = (column < {width})[None, :]
@@ -359,26 +359,19 @@ _ROWS_OF_EXPERT = """\
     row = row0 + tl.arange(0, BM)
     held = row < end"""
 
-_VJP = '''
-@triton.jit
-def {kernel}(
-{params}
+# What the kernel `..._vjp` has beside that: parameters, constants, and a note.
+_VJP_PARAMS = """\
     order, w, products,
-    offsets, experts, WEIGHTED: tl.constexpr, IN_PLACE: tl.constexpr,
-    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):
-    """{doc} Grid (row tiles, {width} / BN): a block of rows x columns each.
+"""
+_VJP_CONSTANTS = """\
+WEIGHTED: tl.constexpr, IN_PLACE: tl.constexpr,
+    """
+_VJP_NOTE = """
 
     With IN_PLACE results lie where inputs lay: all threads have read theirs before one writes. With WEIGHTED the one output
     is multiplied row by row by w [slots], and its gradient is that of the product: products [slots, {width} / BN] is the
     gradient of w, column block by column block.
     """
-{rows}
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    in_width = (column < {width})[None, :]
-    mask = held[:, None] & in_width
-    at = row.to(tl.int64)[:, None]
-{body}'''
 
 _LINEAR = '''
 @triton.jit(do_not_specialize=["tiles_m"])
@@ -553,7 +546,7 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
     rows = _ROWS_OF_EXPERT if leaves else _ROWS
     text = _HEAD.format(name=name, about="\n".join(about), functions=", ".join(sorted(FUNCTIONS)))
     text += "\n" + _POINTWISE.format(
-        kernel=name, params=_params(params + out_params), width=width, rows=rows,
+        more="", constants="", note="", kernel=name, params=_params(params + out_params), width=width, rows=rows,
         doc=f"{made} from {', '.join(inputs + leaves)}.", body=indent("\n".join(loads + values + stores), " " * 4),
     )  # fmt: skip
     again, weigh = stores, []
@@ -561,8 +554,8 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         ((i, value),) = outputs.items()
         weigh = [*_WEIGH.format(i=i, value=value).splitlines()]
         again = [_store(f"v{i}_out", width, "column", f"v{i}_again")]
-    text += "\n\n" + _VJP.format(
-        kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
+    text += "\n\n" + _POINTWISE.format(
+        more=_VJP_PARAMS, constants=_VJP_CONSTANTS, note=_VJP_NOTE.format(width=width), kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
         doc=f"{made} and the gradients of {', '.join(grads) or 'nothing'}.",
         body=indent("\n".join([*loads, *g_loads, *_BARRIER, *values, *weigh, *again, *g_lines, *g_stores]), " " * 4),
     )  # fmt: skip

@@ -74,7 +74,8 @@ def rows_backward(
     gx = combine(g_rows, position, w, x.dtype)
     if w is None:
         return gx, None
-    return gx, _slot_products(x, g_rows, order, position, offsets).to(w.dtype)
+    token_rows = x.index_select(0, order[: g_rows.shape[0]] // position.shape[1])
+    return gx, slot_products(token_rows, g_rows, order, offsets, w)
 
 
 # ------------------------------------------------------------------------------------------------ experts
@@ -188,23 +189,11 @@ def combine_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of `combine`: (gh [R, O] in h's dtype, gw [T, K] in w's dtype or None) for gy [T, O]."""
     slots = order[: h.shape[0]]
-    gh = gy.index_select(0, slots // position.shape[1])
+    token_rows = gy.index_select(0, slots // position.shape[1])
     if w is None:
-        return gh.to(h.dtype), None
-    gh = gh * w.reshape(-1).index_select(0, slots).unsqueeze(1)
-    return gh.to(h.dtype), _slot_products(gy, h, order, position, offsets).to(w.dtype)
-
-
-def _slot_products(tokens: Tensor, rows: Tensor, order: Tensor, position: Tensor, offsets: Tensor) -> Tensor:
-    """p [T, K] with p[t, k] = <tokens[t], rows[position[t, k]]>, zero for slots without a row."""
-    wide = _sum_dtype(torch.promote_types(tokens.dtype, rows.dtype))
-    slots = order[: rows.shape[0]]
-    token_rows = tokens.index_select(0, slots // position.shape[1]).to(wide)
-    products = (token_rows * rows.to(wide)).sum(1)
-    products = products.where(torch.arange(slots.numel(), device=slots.device) < offsets[-1], 0)
-    result = products.new_zeros(position.numel())
-    result[slots] = products
-    return result.view(position.shape)
+        return token_rows.to(h.dtype), None
+    gh = token_rows * w.reshape(-1).index_select(0, slots).unsqueeze(1)
+    return gh.to(h.dtype), slot_products(token_rows, h, order, offsets, w)
 
 
 def slot_rows(w: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
@@ -217,7 +206,7 @@ def slot_products(a: Tensor, b: Tensor, order: Tensor, offsets: Tensor, w: Tenso
     wide = _sum_dtype(torch.promote_types(a.dtype, b.dtype))
     products = (a.to(wide) * b.to(wide)).sum(1)
     held = torch.arange(products.numel(), device=order.device) < offsets[-1]
-    result = products.new_zeros(order.numel())
+    result = products.new_zeros(w.numel())  # an order may be shorter than the slots: see `exchange.Padded`
     result[order[: products.numel()]] = products.where(held, 0)
     return result.view(w.shape).to(w.dtype)
 
