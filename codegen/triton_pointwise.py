@@ -555,7 +555,8 @@ def _write(program: _Program, outputs: dict[int, str], name: str) -> _Sources:
         weigh = [*_WEIGH.format(i=i, value=value).splitlines()]
         again = [_store(f"v{i}_out", width, "column", f"v{i}_again")]
     text += "\n\n" + _POINTWISE.format(
-        more=_VJP_PARAMS, constants=_VJP_CONSTANTS, note=_VJP_NOTE.format(width=width), kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
+        kernel=f"{name}_vjp", params=_params(params + out_params + grad_params), width=width, rows=rows,
+        more=_VJP_PARAMS, constants=_VJP_CONSTANTS, note=_VJP_NOTE.format(width=width),
         doc=f"{made} and the gradients of {', '.join(grads) or 'nothing'}.",
         body=indent("\n".join([*loads, *g_loads, *_BARRIER, *values, *weigh, *again, *g_lines, *g_stores]), " " * 4),
     )  # fmt: skip

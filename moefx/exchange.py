@@ -254,8 +254,8 @@ class Counted(ParallelRuntime):
         rows = self._by_chunk(received)  # [r, P, e]
         by_expert = rows.transpose(1, 2)
         chunks, held = rows.shape[0], rows.shape[2]
-        starts = _before(rows.flatten(1)).view_as(rows).transpose(1, 2)
-        segments = [(starts, by_expert), (_before(by_expert.flatten(1)).view_as(by_expert).transpose(1, 2), rows)]
+        starts = _exclusive(rows.flatten(1), 1).view_as(rows).transpose(1, 2)
+        segments = [(starts, by_expert), (_exclusive(by_expert.flatten(1), 1).view_as(by_expert).transpose(1, 2), rows)]
         if rorder_all is not None:
             lying = received.sum(1).transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
             first = _exclusive(lying.reshape(-1)).view_as(lying).permute(1, 2, 0)
@@ -453,16 +453,10 @@ def _chunk_of_token(token: Tensor, tokens: int, degree: int) -> Tensor:
 def _chunk_of(number: Tensor, total: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
     """The chunk of each number below `total`, as `chunk_bounds` cuts; where that begins, and its size."""
     base, more = divmod(total, degree)
-    large = more * (base + 1)
-    chunk = torch.where(number < large, number // (base + 1), more + (number - large) // max(base, 1))
+    chunk = _chunk_of_token(number, total, degree)
     return chunk, chunk * base + chunk.clamp(max=more), base + (chunk < more).long()
 
 
-def _exclusive(counts: Tensor) -> Tensor:
+def _exclusive(counts: Tensor, dim: int = 0) -> Tensor:
     """Sums of all that come before."""
-    return counts.cumsum(0) - counts
-
-
-def _before(counts: Tensor) -> Tensor:
-    """Sums of all that come before, row by row of counts [r, n]."""
-    return counts.cumsum(1) - counts
+    return counts.cumsum(dim) - counts
