@@ -208,6 +208,14 @@ def _runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         return False
 
 
+def _runs_on_some(twin: nn.Module, example: probe.Example, dtype: torch.dtype, seed: int) -> bool:
+    """Whether a probe copy runs on inputs like the example's, of few tokens or of its own sizes."""
+    shapes = [example.token_sizes]
+    with contextlib.suppress(Decline):
+        shapes.insert(0, probe.shapes_for(example)[0])
+    return any(_runs(twin, *probe.draw(example, shape, seed, 1, dtype=dtype)) for shape in shapes)
+
+
 def _token_shape(example: probe.Example, module: nn.Module, experts: int, more: int) -> tuple[int, ...]:
     """Token sizes of the analysis run: enough to reach every expert where experts are separate modules."""
     shape = probe.shapes_for(example)[0]
@@ -585,7 +593,7 @@ class Analyser:
         main = example.dtype if len(held) > 1 and example.dtype in held else None
         for dtype, kept in dict.fromkeys(((torch.float64, main), (torch.float64, None), (torch.float32, None))):
             twin = probe.probe_copy(module, self.options.seed, dtype, kept)
-            if _runs(twin, *probe.draw(example, example.token_sizes, self.options.seed, 1, dtype=dtype)):
+            if _runs_on_some(twin, example, dtype, self.options.seed):
                 return twin
         return probe.probe_copy(module, self.options.seed)  # capture says why it does not run
 

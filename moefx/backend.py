@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import operator
 import time
 import weakref
@@ -33,7 +34,7 @@ from moefx.api import (
     _compare_on_device,
     _hypotheses,
     _inputs,
-    _runs,
+    _runs_on_some,
     _token_shape,
 )
 from moefx.build import compile_region
@@ -43,7 +44,20 @@ from moefx.ir import Region
 from moefx.options import Options
 from moefx.passes import find
 from moefx.passes.canonicalise import GuardFailed
-from moefx.passes.splice import Block, Change, Part, Record, Roles, apply, dead_nodes, link, part_of, value_of
+from moefx.passes.splice import (
+    Block,
+    Change,
+    FixedSizes,
+    Part,
+    Placed,
+    Record,
+    Roles,
+    apply,
+    dead_nodes,
+    link,
+    part_of,
+    value_of,
+)
 from moefx.report import GRAPHS, DeclinedBlock, FoundBlock, GraphReport
 from moefx.routing import Hypothesis, Routing, region_inputs
 from moefx.trace import precision
@@ -285,14 +299,19 @@ def _shape_of_result(
 
 @dataclass
 class Found:
-    """A verified change of one part."""
+    """A verified change of all parts of one structure. name: of the part that was analysed. Holds no tensors."""
 
-    part: Part
-    change: Change
-    call: Routed
-    hypothesis: Hypothesis
+    name: str
+    change: Placed
     compiled: CompiledRegion
+    top_k: int
     errors: dict[str, float]
+
+
+# Of earlier graphs: a model has one for training and one for inference, and one for each sort of sizes.
+_KNOWN: dict[Any, Found] = {}
+MAX_KNOWN = 256
+moefx.reset = _KNOWN.clear  # type: ignore[attr-defined] # called by torch._dynamo.reset()
 
 
 class _Analysis:
@@ -311,6 +330,7 @@ class _Analysis:
             raise Decline("its parameters are not plain floating-point parameters of torch")
         self.dtype = max({p.dtype for p in floats}, key=lambda d: sum(p.numel() for p in floats if p.dtype is d))
         self.block = Block(part, self.own, gm, self.others)
+        self.fixed = FixedSizes.of(part)
         self.twin = self._twin()
         self.tape: list[Record] = []
 
@@ -319,8 +339,8 @@ class _Analysis:
         for dtype in (torch.float64, torch.float32):
             generator = torch.Generator().manual_seed(self.options.seed)
             params = [probe.random_like(p, dtype, generator) for p in self.own]
-            twin = Block(self.part, params, self.gm, self.others, {self.dtype: dtype}, torch.device("cpu"))
-            if _runs(twin, *probe.draw(self.example, self.example.token_sizes, self.options.seed, 1, dtype=dtype)):
+            twin = Block(self.part, params, self.gm, self.others, {self.dtype: dtype}, torch.device("cpu"), self.fixed)
+            if _runs_on_some(twin, self.example, dtype, self.options.seed):
                 return twin
         return twin
 
@@ -378,16 +398,17 @@ class _Analysis:
         probing = replace(change, call=on_probe)
         run = lambda a, k: self.twin.run(a, probing)  # noqa: E731
         sizes = [size for n in self.part.inputs for size in value_of(n).shape]
-        fixed = all(isinstance(size, int) for size in sizes)
+        fixed = self.fixed is None and all(isinstance(size, int) for size in sizes)
+        few = math.prod(self.example.token_sizes) <= FixedSizes.FEW
         listener, self.twin.listener = self.twin.listener, None
         try:
             errors = verify.verify(
-                self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=True, fixed=fixed
+                self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=fixed or few, fixed=fixed
             )
             errors["device"] = self._on_device(change, lowest)
         finally:
             self.twin.listener = listener
-        return Found(self.part, change, call, hypothesis, compiled, errors)
+        return Found(self.part.name, change.placed(self.part), compiled, hypothesis.routing.top_k, errors)
 
     def _roles(self, hypothesis: Hypothesis) -> tuple[Roles, Record]:
         """The roles in that recorded run which the hypothesis was found in."""
@@ -406,13 +427,25 @@ class _Analysis:
                 raise Decline(f"something besides the combined output still needs the experts' parameters: {node}")
 
     def _on_device(self, change: Change, lowest: torch.dtype) -> float:
-        """The part itself against its changed form, on its own weights and the values that entered."""
+        """The part itself against its changed form, on its own weights: on the values that entered, and at the same sizes
+        on tokens that all choose alike, which any limit of how many an expert takes would show."""
         adapter = _OnDevice(self.block, change, lowest)
         leaves = tuple(t.detach() for t in self.entering)
         with _caller(self.autocast), _state_at(change.after):
             gradients = all(p.requires_grad for p in self.own) and _differentiable(self.block, leaves)
+        worst = 0.0
         with probe.state_kept(self.block), _caller(self.autocast), _state_at(change.after):
-            return _compare_on_device(self.block, adapter, leaves, {}, self.dtype, gradients)  # type: ignore[arg-type]
+            for inputs in (leaves, *(self._crowded(tokens) for tokens in ("alike", "one") if self.fixed)):
+                with_gradients = gradients and inputs is leaves
+                error = _compare_on_device(self.block, adapter, inputs, {}, self.dtype, with_gradients)  # type: ignore[arg-type]
+                worst = max(worst, error)
+        return worst
+
+    def _crowded(self, tokens: str) -> tuple[Tensor, ...]:
+        """Inputs of the example's sizes, dtypes and devices, all tokens of which choose the same experts."""
+        experts = probe.guess_experts(self.block)
+        drawn, _ = probe.draw(self.example, self.example.token_sizes, self.options.seed, experts, tokens, self.dtype)
+        return tuple(t.to(own.device, own.dtype) for t, own in zip(drawn, self.entering))
 
 
 @dataclass
@@ -426,8 +459,20 @@ class _OnDevice:
     def run(self, _module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
         return self.block.run(args, self.change)
 
-    def precompile(self, *_: Any) -> None:
-        """Kernels are made when they are first called."""
+    def precompile(self, _module: nn.Module, args: tuple[Any, ...], _kwargs: Any, rounds: list[list[str]]) -> None:
+        """Makes the kernels ready, side by side; see `CompiledRegion.precompile`."""
+        call: Routed = self.change.call  # type: ignore[assignment]
+
+        def ready(x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None, like: Any, *params: Tensor) -> Tensor:
+            call.compiled.precompile(*call.inputs(x, ids, w, keep, params), rounds)
+            raise _Ready
+
+        with torch.no_grad(), contextlib.suppress(_Ready):
+            self.block.run(args, replace(self.change, call=ready))
+
+
+class _Ready(Exception):
+    """Stops a run whose rest has no use."""
 
 
 def _differentiable(block: Block, inputs: tuple[Tensor, ...]) -> bool:
@@ -543,7 +588,9 @@ def _rewrite_parts(
     for part in parts:
         if taken.intersection(part.nodes):
             continue
-        key = part.structure()
+        key = _key(part, params, seen, options)
+        if key not in analysed and key in _KNOWN:
+            analysed[key] = replace(_KNOWN[key], name="")
         if key not in analysed:
             if len(analysed) == MAX_PARTS:
                 raise Decline(f"more than {MAX_PARTS} different candidates in one graph")
@@ -551,16 +598,21 @@ def _rewrite_parts(
             if isinstance(reason := analysed[key], Decline):
                 report.declined.append(DeclinedBlock(part.name, reason.reason, reason.nearest, reason.location))
                 find_log.info("declined %s: %s", part.name or "the graph", reason)
+            elif all(n.op != "get_attr" for n in part.nodes):  # what those hold is no part of the structure
+                if len(_KNOWN) >= MAX_KNOWN:
+                    _KNOWN.pop(next(iter(_KNOWN)))
+                _KNOWN[key] = reason
         found = analysed[key]
         if isinstance(found, Decline):
             continue
         taken.update(part.nodes)
-        change = found.change if part is found.part else found.change.moved(found.part, part, found.call)
+        change = found.change.in_part(part)
         names = found.compiled.binder.names
         theta = [params[n] for n in change.arguments[-len(names) :] if n is not None]
         bound.append((found.compiled, dict(zip(names, theta))))
         _specialise(part)
-        report.found.append(_reported(part, found))
+        report.found.append(_reported(part, change, found))
+        found.name = found.name or part.name  # of the first of its structure in this graph
         _inline(gm, apply(change))
         find_log.info("found %s: %s", part.name or "the graph", report.found[-1].routing)
     gm.graph.lint()
@@ -589,7 +641,14 @@ def _specialise(part: Part) -> None:
             float(value)
 
 
-def _reported(part: Part, found: Found) -> FoundBlock:
+def _key(part: Part, params: dict[fx.Node, nn.Parameter], seen: Observed, options: Options) -> Any:
+    """Equal for parts that one verified change suits."""
+    tensors = [*(params[n] for n in part.params), *(seen.values[n] for n in part.inputs)]
+    kinds = tuple((t.device, t.requires_grad) for t in tensors)
+    return (part.structure(), kinds, seen.autocast, tuple(map(repr, _autocasts(part.nodes[0]).values())), repr(options))
+
+
+def _reported(part: Part, change: Change, found: Found) -> FoundBlock:
     region, compiled = found.compiled.region, found.compiled
     texts = {
         "passes.partition": "\n".join(map(str, compiled.graphs)),
@@ -600,10 +659,10 @@ def _reported(part: Part, found: Found) -> FoundBlock:
     for stage, text in texts.items():
         logging.getLogger(f"moefx.{stage}").debug("%s\n%s", part.name, text)
     return FoundBlock(
-        name=part.name, experts=region.experts, top_k=found.hypothesis.routing.top_k, d_model=region.d_model,
-        d_expert=region.d_expert, layout=region.layout, routing=region.routing, location=_line(found.change.after),
+        name=part.name, experts=region.experts, top_k=found.top_k, d_model=region.d_model,
+        d_expert=region.d_expert, layout=region.layout, routing=region.routing, location=_line(change.after),
         errors=dict(found.errors), partition=texts["passes.partition"], schedule=texts["passes.schedule"], source=compiled.source,
-        region=str(region), same_as="" if part is found.part else found.part.name,
+        region=str(region), same_as="" if found.name == part.name else found.name,
     )  # fmt: skip
 
 
@@ -670,23 +729,27 @@ def _caller(autocast: tuple[tuple[str, torch.dtype], ...]) -> Iterator[None]:
         yield
 
 
+def _autocasts(node: fx.Node) -> dict[fx.Node, tuple[Any, ...]]:
+    """The nodes that entered an autocast which has not been left where the node stands, with their arguments."""
+    entered: dict[fx.Node, tuple[Any, ...]] = {}
+    for other in itertools.takewhile(lambda n: n is not node, node.graph.nodes):
+        if other.target is torch.amp.autocast_mode._enter_autocast:
+            entered[other] = other.args
+        elif other.target is torch.amp.autocast_mode._exit_autocast:
+            entered.pop(other.args[0], None)  # type: ignore[arg-type]
+    return entered
+
+
 @contextlib.contextmanager
 def _state_at(node: fx.Node) -> Iterator[None]:
     """Grad mode and autocast as they are where the node stands: nodes before it may have changed the caller's."""
     grad = torch.is_grad_enabled()
-    entered: dict[fx.Node, tuple[Any, ...]] = {}
-    for other in node.graph.nodes:
-        if other is node:
-            break
+    for other in itertools.takewhile(lambda n: n is not node, node.graph.nodes):
         if other.target is torch._C._set_grad_enabled:
             grad = bool(other.args[0])
-        elif other.target is torch.amp.autocast_mode._enter_autocast:
-            entered[other] = other.args
-        elif other.target is torch.amp.autocast_mode._exit_autocast:
-            entered.pop(other.args[0], None)  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(grad))
-        for device, dtype, enabled, cache in entered.values():
+        for device, dtype, enabled, cache in _autocasts(node).values():
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
         yield
 

@@ -10,6 +10,7 @@ and only there the graph is changed. Everything else stays as Dynamo recorded it
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,66 @@ class Part:
         )
         counts = tuple(map(len, (self.inputs, self.params, self.sizes, self.others)))
         return (counts, entering, program, tuple(place[n] for n in self.outputs))
+
+
+@dataclass(frozen=True)
+class FixedSizes:
+    """The token sizes of a part that Dynamo recorded with plain numbers, so that it can run on other sizes all the same.
+
+    A number in the part's nodes that is a token size, or all tokens times one of `slots` (slots per token), stands for
+    what it would be. sizes: token sizes, each with an input and a dimension that has it, in `places`.
+    """
+
+    sizes: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+    slots: tuple[int, ...]
+
+    FEW = 256  # tokens: running them as they are costs nothing
+    SMALL = 8  # numbers up to this one are dimensions, signs and counts; token sizes among them only beside a larger one
+
+    @staticmethod
+    def of(part: Part) -> FixedSizes | None:
+        """None where no size needs it, or where a number in the part may mean something else: a capacity, a width."""
+        inputs = [value_of(n) for n in part.inputs]
+        if part.sizes or any(isinstance(n, torch.SymInt) for t in inputs for n in t.shape):
+            return None
+        floats = [(i, t) for i, t in enumerate(inputs) if t.is_floating_point() and t.dim() >= 2]
+        places = {n: (i, d) for i, t in reversed(floats) for d, n in enumerate(t.shape[:-1])}
+        if not places or math.prod(places) <= FixedSizes.FEW or any(len({*t.shape[:-1]}) < t.dim() - 1 for _, t in floats):
+            return None
+        made = [t for t in map(value_of, (*part.inputs, *part.nodes)) if isinstance(t, Tensor) and t.dim() >= 2]
+        slots = {1, *(t.shape[-1] for t in made if not t.is_floating_point() and isinstance(t.shape[-1], int))}
+        fixed = FixedSizes(tuple(places), tuple(places.values()), tuple(sorted(slots)))
+        widths = {n for node in part.params for n in value_of(node).shape} | {t.shape[-1] for t in inputs if t.dim()}
+        known = {n + by for n in widths for by in (-1, 0, 1)}
+        numbers = {abs(n) for node in part.nodes for n in _numbers(node)}
+        meant = fixed._meant(fixed.sizes).keys()
+        ambiguous = {n for n in meant & known & numbers if n > FixedSizes.SMALL}
+        explained = all(n in meant or n in known or n <= FixedSizes.SMALL for n in numbers)
+        return fixed if explained and not ambiguous else None
+
+    def _meant(self, sizes: Sequence[int]) -> dict[int, int]:
+        now, then = math.prod(self.sizes), math.prod(sizes)
+        return {**dict(zip(self.sizes, sizes)), **{now * k: then * k for k in self.slots}}
+
+    def of_inputs(self, inputs: Sequence[Tensor]) -> list[int]:
+        """The token sizes of other inputs."""
+        return [inputs[i].shape[d] for i, d in self.places]
+
+    def replacing(self, node: fx.Node, sizes: Sequence[int]) -> dict[int, int]:
+        """What to put in place of the numbers of a node when the token sizes are these."""
+        meant = self._meant(sizes)
+        large = {n: m for n, m in meant.items() if n > self.SMALL}
+        return meant if large.keys() & set(_numbers(node)) else large
+
+
+def _numbers(node: fx.Node) -> list[int]:
+    """The integers among the arguments of a node."""
+    found: list[int] = []
+    fx.node.map_aggregate(
+        (node.args, dict(node.kwargs)), lambda x: found.append(x) if isinstance(x, int) and not isinstance(x, bool) else None
+    )
+    return found
 
 
 def value_of(node: fx.Node) -> Any:
@@ -165,9 +226,10 @@ class Made:
 
 @dataclass
 class Record:
-    """What one run of a part made, node by node."""
+    """What one run of a part made, node by node. weights: the storages of its parameters, views of which are not copied."""
 
     inputs: tuple[Tensor, ...] = ()
+    weights: frozenset[int] = frozenset()
     made: list[Made] = field(default_factory=list)
 
     def note(self, node: fx.Node, result: Any, operands: Sequence[tuple[Tensor, int]]) -> None:
@@ -177,7 +239,7 @@ class Record:
             results = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and not any(t is w for w in written)]
             for tensor, is_write in [*((t, True) for t in written), *((t, False) for t in results)]:
                 storage = tensor.untyped_storage()._cdata
-                snapshot = tensor.detach().clone()
+                snapshot = tensor.detach() if storage in self.weights and not is_write else tensor.detach().clone()
                 self.made.append(Made(node, tensor, storage, tensor._version, snapshot, is_write))
 
 
@@ -185,7 +247,7 @@ class Block(nn.Module):
     """A part of a graph as a module: `block(*inputs) -> outputs`. Parameters are called p0, p1, ... in the part's order.
 
     attributes: what get_attr nodes name; dtypes: what to put in place of a dtype that the graph names; device: in place of
-    any device. floats: values of what enters beside tensors and sizes.
+    any device; others: values of what enters beside tensors and sizes; sizes: numbers that follow the inputs' sizes.
     """
 
     def __init__(
@@ -196,18 +258,19 @@ class Block(nn.Module):
         others: dict[fx.Node, Any],
         dtypes: dict[torch.dtype, torch.dtype] | None = None,
         device: torch.device | None = None,
+        sizes: FixedSizes | None = None,
     ) -> None:
         super().__init__()
         for i, p in enumerate(params):
             self.register_parameter(f"p{i}", p if isinstance(p, nn.Parameter) else nn.Parameter(p, requires_grad=False))
         self._part, self._attributes, self._others = part, (attributes,), others
-        self._dtypes, self._device = dtypes or {}, device
+        self._dtypes, self._device, self._fixed = dtypes or {}, device, sizes
         self.listener: Callable[[Record], None] | None = None  # is given the record of each run
 
     def forward(self, *inputs: Tensor) -> Any:
         if self.listener is None:
             return self.run(inputs)
-        record = Record(inputs)
+        record = Record(inputs, frozenset(p.untyped_storage()._cdata for p in self.parameters()))
         self.listener(record)
         return self.run(inputs, record=record)
 
@@ -218,12 +281,13 @@ class Block(nn.Module):
         env.update((n, getattr(self, f"p{i}")) for i, n in enumerate(part.params))
         with torch._C.DisableTorchFunction():  # nothing here belongs to what is recorded
             env.update(_sizes(part, inputs))
+            sizes = self._fixed.of_inputs(inputs) if self._fixed else []
         env.update(self._others)
         enabled = torch.is_grad_enabled()
         try:
             for node in part.nodes:
                 if change is None or node not in change.dead:
-                    env[node] = self._execute(node, env, record)
+                    env[node] = self._execute(node, env, sizes, record)
                 if change is not None and node is change.after:
                     y = change.call(*(None if n is None else env[n] for n in change.arguments))
                     env.update((n, y) for n in change.replaced)
@@ -231,7 +295,9 @@ class Block(nn.Module):
             torch.set_grad_enabled(enabled)
         return tuple(env[n] for n in part.outputs)
 
-    def _execute(self, node: fx.Node, env: dict[fx.Node, Any], record: Record | None) -> Any:
+    def _execute(
+        self, node: fx.Node, env: dict[fx.Node, Any], sizes: list[int], record: Record | None
+    ) -> Any:
         if node.op == "get_attr":
             result: Any = self._attributes[0]
             for name in str(node.target).split("."):
@@ -239,7 +305,10 @@ class Block(nn.Module):
             if isinstance(result, Tensor) and self._device is not None:
                 result = result.to(self._device, self._dtypes.get(result.dtype, result.dtype))
             return result
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        given: Any = (node.args, dict(node.kwargs))
+        if self._fixed is not None and (numbers := self._fixed.replacing(node, sizes)):
+            given = fx.node.map_aggregate(given, lambda x: numbers.get(x, x) if type(x) is int else x)
+        args, kwargs = fx.node.map_arg(given, env.__getitem__)
         if self._dtypes or self._device:
             args, kwargs = fx.node.map_aggregate((args, dict(kwargs)), self._constant)
         function = self._function(node, record is not None)
@@ -326,16 +395,37 @@ class Change:
     call: Callable[..., Tensor]
     dead: frozenset[fx.Node]
 
-    def moved(self, source: Part, target: Part, call: Callable[..., Tensor]) -> Change:
-        """The same change in a part of equal structure."""
-        there = dict(zip(source.all_nodes, target.all_nodes))
-        place = lambda n: None if n is None else there[n]  # noqa: E731
+    def placed(self, part: Part) -> Placed:
+        """The change by the positions of its nodes in the part."""
+        place = {n: i for i, n in enumerate(part.all_nodes)}
+        return Placed(
+            place[self.after],
+            tuple(place[n] for n in self.replaced),
+            tuple(None if n is None else place[n] for n in self.arguments),
+            self.call,
+            frozenset(place[n] for n in self.dead),
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A change of every part of one structure: positions in `Part.all_nodes` in place of a `Change`'s nodes."""
+
+    after: int
+    replaced: tuple[int, ...]
+    arguments: tuple[int | None, ...]
+    call: Callable[..., Tensor]
+    dead: frozenset[int]
+
+    def in_part(self, part: Part) -> Change:
+        """The change of this part, which is of the structure that the change was made for."""
+        nodes = part.all_nodes
         return Change(
-            there[self.after],
-            tuple(there[n] for n in self.replaced),
-            tuple(map(place, self.arguments)),
-            call,
-            frozenset(there[n] for n in self.dead),
+            nodes[self.after],
+            tuple(nodes[i] for i in self.replaced),
+            tuple(None if i is None else nodes[i] for i in self.arguments),
+            self.call,
+            frozenset(nodes[i] for i in self.dead),
         )
 
 

@@ -35,6 +35,8 @@ from torch.utils.checkpoint import checkpoint
 if __name__ == "__main__":  # from a checkout: tests/ is on the path, the folder above it is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from moefx.passes import splice
+
 import moefx.backend
 from moefx.errors import InputError
 from moefx.region_op import REGIONS
@@ -215,7 +217,7 @@ def outcome(model: Callable[..., Tensor], module: nn.Module, x: Tensor) -> list[
     """The output, and the gradients of x and of every parameter."""
     x = x.clone().requires_grad_()
     y = model(x)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
     found = torch.autograd.grad(y, [x, *module.parameters()], weight)
     return [y.detach(), *found]
 
@@ -259,6 +261,73 @@ def test_static_graphs(kind: str) -> None:
     compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=False, options=INNER)
     assert_same(outcome(compiled, model, x), outcome(reference, reference, x), dtype)
     assert len(GRAPHS[0].found) == 2, GRAPHS[0]
+
+
+@pytest.fixture
+def fixed_sizes(monkeypatch: pytest.MonkeyPatch) -> list[splice.FixedSizes | None]:
+    """What was decided about the numbers of each part that was analysed."""
+    decided: list[splice.FixedSizes | None] = []
+    of = splice.FixedSizes.of
+    monkeypatch.setattr(splice.FixedSizes, "of", staticmethod(lambda part: (decided.append(of(part)), decided[-1])[1]))
+    return decided
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@dynamic_outputs
+def test_static_graphs_of_many_tokens(kind: str, fixed_sizes: list[splice.FixedSizes | None]) -> None:
+    """Which are analysed with few: the numbers of tokens in the graph follow."""
+    model = Layers(kind)
+    dtype = KINDS[kind][1]
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=False, options=INNER)
+    x = tokens(3, 97, dtype=dtype)
+    assert_same(outcome(compiled, model, x), outcome(reference, reference, x), dtype)
+    assert len(GRAPHS[0].found) == 2, GRAPHS[0]
+    assert any(fixed_sizes)
+
+
+class Limited(Moe):
+    """Each expert takes so many tokens, the first ones: a number that Dynamo computes from the sizes."""
+
+    def experts(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        most = int(1.5 * tokens.shape[0] * K / E)
+        marks = F.one_hot(chosen.reshape(-1), E).cumsum(0)
+        place = marks.gather(1, chosen.reshape(-1, 1)).reshape(chosen.shape)
+        weights = weights * (place <= most)
+        return Einsum.experts(self, tokens, weights, chosen)  # type: ignore[arg-type]
+
+
+def test_a_number_that_follows_from_the_sizes_is_kept(fixed_sizes: list[splice.FixedSizes | None]) -> None:
+    """A capacity is no number of tokens: the part is run on its own sizes, and is right when an expert overflows."""
+    torch.manual_seed(0)
+    model = Limited()
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=False, options=INNER)
+    for x in (tokens(3, 97), tokens(1, 1).expand(3, 97, D) + 0.01 * tokens(3, 97)):
+        torch.testing.assert_close(compiled(x), reference(x))
+    assert fixed_sizes
+    assert not any(fixed_sizes)
+
+
+def test_what_an_earlier_graph_taught_is_not_learnt_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's graph for inference has the parts of that for training."""
+    analysed: list[str] = []
+    analyse = moefx.backend._analyse
+    monkeypatch.setattr(moefx.backend, "_analyse", lambda gm, part, *a: (analysed.append(part.name), analyse(gm, part, *a))[1])
+    model = Layers("grouped_mm")
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, options=INNER)
+    x = tokens(3, 11, dtype=torch.bfloat16)
+    compiled(x)
+    count = len(analysed)
+    with torch.no_grad():
+        y = compiled(x)
+    assert relative_error(y.float(), model(x).float(), 1e-6) <= TOLERANCE[torch.bfloat16]
+    assert [len(graph.found) for graph in GRAPHS] == [2, 2]
+    assert len(analysed) == count
+    assert GRAPHS[1].found[1].same_as == GRAPHS[1].found[0].name
+    torch._dynamo.reset()
+    compiled(x)
+    assert len(analysed) == 2 * count
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
