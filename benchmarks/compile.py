@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is begun any more")
+    parser.add_argument("--cold", nargs="*", choices=list(ROWS), help="the rows whose cold time is taken: all that compile")
     parser.add_argument("--together", action="store_true", help="the cold processes side by side: sooner, their times longer")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--toy", action="store_true")
@@ -264,6 +265,8 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
 
     caches = {name: folder / str(i) for i, name in enumerate(results)}
     compiled = [name for name in results if ROWS[name].compile is not None or ROWS[name].optimize]
+    if options.cold is not None:
+        compiled = [name for name in compiled if name in options.cold]
     if options.together:
         with ThreadPoolExecutor(len(compiled) or 1) as pool:
             list(pool.map(cold_of, compiled))

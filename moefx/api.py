@@ -201,7 +201,7 @@ def _inputs(
 
 def _runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
-        with torch.no_grad(), probe.GroupedInDouble(), probe.state_kept(twin):
+        with torch.no_grad(), probe.Emulated(), probe.state_kept(twin):
             twin.forward(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         return True
     except Exception:  # noqa: BLE001 - any failure of the block on these inputs

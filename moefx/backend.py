@@ -66,6 +66,7 @@ log = logging.getLogger(__name__)
 find_log = logging.getLogger("moefx.passes.find")
 
 MAX_POSSIBLE = 64  # hypotheses of one part, with those that no change of the graph could follow; few tokens allow many
+MOST_TOKENS = 2048  # that a part is probed on when it runs on no other number
 MAX_PARTS = 64  # of different structure that are analysed in one graph
 INNER = "inductor"
 BROKEN = (
@@ -331,8 +332,19 @@ class _Analysis:
         self.dtype = max({p.dtype for p in floats}, key=lambda d: sum(p.numel() for p in floats if p.dtype is d))
         self.block = Block(part, self.own, gm, self.others)
         self.fixed = FixedSizes.of(part)
+        self._check_sizes()
         self.twin = self._twin()
         self.tape: list[Record] = []
+
+    def _check_sizes(self) -> None:
+        """Raises Decline where the part would have to be probed on very many tokens."""
+        static = not any(isinstance(size, torch.SymInt) for n in self.part.inputs for size in value_of(n).shape)
+        tokens = math.prod(self.example.token_sizes)
+        if self.fixed is None and static and tokens > MOST_TOKENS:
+            raise Decline(
+                f"its graph was made for {tokens} tokens, and which of the numbers in it are numbers of tokens is not "
+                "clear: compile with dynamic=True, or mark the size with torch._dynamo.mark_dynamic"
+            )
 
     def _twin(self) -> Block:
         """In float64, or in float32 where the part only runs in that."""

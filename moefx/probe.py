@@ -88,13 +88,16 @@ def unpack(twin: nn.Module) -> None:
             p.data = p.data.clone()
 
 
-class GroupedInDouble(TorchDispatchMode):
-    """torch's grouped_mm has no float64 kernel; while this is active it has, so that probes can run blocks that use it."""
+class Emulated(TorchDispatchMode):
+    """While this is active, probes on the CPU run what only other devices have: torch's grouped_mm in float64, and histc
+    of integers, which code takes on a GPU where the CPU would have had floats."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
             return grouped_product(*args, **kwargs)
+        if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
+            return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
         return func(*args, **kwargs)
 
 
@@ -124,8 +127,10 @@ def grouped_product(
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """Analysis runs outside of the caller's inference_mode, no_grad and autocast."""
+    """Analysis runs outside of the caller's inference_mode, no_grad and autocast, and einsum takes its operands in their
+    order: opt_einsum, where it is installed, may sum over slots and features in one product."""
     with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+        stack.enter_context(torch.backends.opt_einsum.flags(enabled=False))
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

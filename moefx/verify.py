@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moefx.errors import Decline
-from moefx.probe import Example, GroupedInDouble, draw, dtype_of, shapes_for
+from moefx.probe import Emulated, Example, draw, dtype_of, shapes_for
 
 # relative error allowed, by the least precise floating dtype that took part
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -122,8 +122,8 @@ def run_once(
     named = dict(module.named_parameters()) if gradients else {}
     params = {n: p for n, p in named.items() if p.is_floating_point() and (wanted is None or n in wanted)}
     others = {n: p for n, p in named.items() if n not in params}
-    double = any(p.dtype == torch.float64 for p in module.parameters())
-    emulated = GroupedInDouble() if double else contextlib.nullcontext()
+    on_cpu = all(p.device.type == "cpu" for p in module.parameters())
+    emulated = Emulated() if on_cpu else contextlib.nullcontext()
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
     with (
         _requires_grad(params, True),

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from moefx import sizes
 from moefx.errors import Decline
-from moefx.probe import GroupedInDouble
+from moefx.probe import Emulated
 from moefx.python_state import attributes, changed, picture, places
 from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild, user_line
 
@@ -249,7 +249,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     with (
         _observed(module, recorder),
         torch.enable_grad(),
-        GroupedInDouble(),
+        Emulated(),
         watch or contextlib.nullcontext(),
         recorder,
     ):

@@ -309,6 +309,15 @@ def test_a_number_that_follows_from_the_sizes_is_kept(fixed_sizes: list[splice.F
     assert not any(fixed_sizes)
 
 
+def test_a_graph_fixed_to_very_many_tokens_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its numbers are not clear: probing it on all of them would take minutes."""
+    monkeypatch.setattr(moefx.backend, "MOST_TOKENS", 256)
+    model = Limited()
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=False, options=INNER)
+    torch.testing.assert_close(compiled(tokens(3, 97)), model(tokens(3, 97)))
+    assert "dynamic=True" in GRAPHS[0].declined[0].reason
+
+
 def test_what_an_earlier_graph_taught_is_not_learnt_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's graph for inference has the parts of that for training."""
     analysed: list[str] = []
@@ -693,6 +702,23 @@ def test_cuda_graphs(entrance: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("shape", [(2, 9), (3, 97)])
+def test_families_on_the_gpu(family: str, shape: tuple[int, int]) -> None:
+    """Transformers records other operators there than on the CPU that probes run on."""
+    tiny = build(family, "grouped_mm")
+    tiny.model.cuda()
+    reference = copy.deepcopy(tiny.model)
+    reference.set_experts_implementation("eager")
+    compiled = torch.compile(tiny.model, backend="moefx", options=INNER)
+    inputs = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in tiny.inputs(*shape).items()}
+    expected, actual = _train(reference, reference, inputs), _train(compiled, tiny.model, inputs)
+    assert [len(graph.found) for graph in GRAPHS] == [len(tiny.blocks)], GRAPHS
+    assert max(relative_error(a, b, 1e-30) for a, b in zip(expected[0], actual[0])) <= 1e-4
+    assert gradient_error(expected[1], actual[1])[0] <= 1e-3
+
+
+@pytest.mark.gpu
 def test_lanes_inside_of_a_compiled_graph() -> None:
     """The region's own streams: chunks on several lanes, delayed at random, between the kernels of Inductor."""
     model = Layers("gathered").cuda()
@@ -1015,7 +1041,7 @@ def _train(call: Any, model: nn.Module, inputs: dict[str, Any]) -> tuple[list[Te
     outputs = [t for t in (result.values() if isinstance(result, dict) else result) if isinstance(t, Tensor)]
     roots = [t for t in outputs if t.requires_grad]
     generator = torch.Generator().manual_seed(3)
-    torch.autograd.backward(roots, [torch.randn(t.shape, generator=generator) for t in roots])
+    torch.autograd.backward(roots, [torch.randn(t.shape, generator=generator).to(t.device) for t in roots])
     return [t.detach() for t in outputs], {name: p.grad for name, p in model.named_parameters()}
 
 

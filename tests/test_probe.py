@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from moefx.errors import Decline, InputError
-from moefx.probe import SHAPES, Example, bind, draw, guess_experts, probe_copy, random_like, shapes_for, state_kept
+from moefx.probe import (
+    SHAPES,
+    Emulated,
+    Example,
+    bind,
+    draw,
+    guess_experts,
+    neutral,
+    probe_copy,
+    random_like,
+    shapes_for,
+    state_kept,
+)
 
 D, E = 8, 4
 
@@ -295,3 +307,32 @@ def test_masks_over_experts_reach_every_expert():
     one_hot[:, 0] = True
     drawn = draw(Example((torch.randn(9, D), one_hot), {}), (60,), 0, E)[0][1]
     assert drawn.shape == (60, E) and bool((drawn.sum(-1) == 1).all()) and bool(drawn.any(0).all())
+
+
+def test_what_only_a_gpu_has_runs_on_probes():
+    """Code counts with integers on a GPU, and torch's grouped_mm has no float64."""
+    ids = torch.tensor([0, 3, 3, 1])
+    with Emulated():
+        counts = torch.histc(ids.int(), bins=4, min=0, max=3)
+        product = torch.nn.functional.grouped_mm(
+            torch.ones(3, 16, dtype=torch.float64), torch.ones(2, 16, 8, dtype=torch.float64), offs=torch.tensor([1, 3]).int()
+        )
+    assert counts.tolist() == [1, 1, 0, 2]
+    assert counts.dtype == torch.int32
+    assert torch.equal(product, torch.full((3, 8), 16.0, dtype=torch.float64))
+
+
+def test_einsum_is_followed_in_the_order_of_its_operands(monkeypatch):
+    """opt_einsum, where it is installed, would sum over the slots of a token and the features of its experts at once."""
+    asked = []
+    contract_path = lambda *_, **__: (asked.append(1), ([(0, 2), (0, 1)], ""))[1]  # noqa: E731
+    path = type("opt_einsum", (), {"contract_path": staticmethod(contract_path)})
+    monkeypatch.setattr(torch.backends.opt_einsum.m, "is_available", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.opt_einsum.m, "get_opt_einsum", lambda: path, raising=False)
+    monkeypatch.setitem(vars(torch.backends.opt_einsum.m), "enabled", True)
+    operands = torch.randn(3, 2, 4), torch.randn(3, 2, 4, 5), torch.randn(3, 2)
+    torch.einsum("tkh,tkhd,tk->td", *operands)
+    assert asked == [1]
+    with neutral():
+        torch.einsum("tkh,tkhd,tk->td", *operands)
+    assert asked == [1]
