@@ -121,13 +121,16 @@ def float32_precision() -> str:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-_compiled: list[Any] | None = None  # while a list, `launch` compiles into it and runs nothing
+_compiled: list[tuple[Any, bool]] | None = None  # while a list, `launch` compiles into it and runs nothing
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs a kernel on the current stream; inside `only_compiling` makes it ready to run instead."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, shrinks: bool = False, **options: Any) -> None:
+    """Runs a kernel on the current stream; inside `only_compiling` makes it ready to run instead.
+
+    shrinks: the caller takes a smaller one where this needs more of the chip than there is.
+    """
     if _compiled is not None:
-        _compiled.append(kernel.warmup(*args, grid=grid, **options))
+        _compiled.append((kernel.warmup(*args, grid=grid, **options), shrinks))
     else:
         kernel[grid](*args, **options)
 
@@ -140,7 +143,7 @@ def only_compiling() -> Iterator[None]:
     if interpreted():
         yield  # nothing to compile
         return
-    compiled: list[Any] = []
+    compiled: list[tuple[Any, bool]] = []
     side_by_side = getattr(triton, "AsyncCompileMode", None)  # since Triton 3.5
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         _compiled = compiled
@@ -150,17 +153,17 @@ def only_compiling() -> Iterator[None]:
         finally:
             _compiled = None
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        list(pool.map(lambda kernel: _load(kernel, device), {id(kernel): kernel for kernel in compiled}.values()))
+        list(pool.map(lambda made: _load(*made, device), {id(made[0]): made for made in compiled}.values()))
 
 
-def _load(kernel: Any, device: int | None) -> None:
+def _load(kernel: Any, shrinks: bool, device: int | None) -> None:
     """Brings a compiled kernel onto the device and builds its launcher, which Triton would do at its first launch.
 
-    One that needs more of the chip than there is stays as it is: `launch_block` takes a smaller one at its first launch.
+    One that needs more of the chip than there is raises OutOfResources, unless it `shrinks` at its first launch.
     """
     ready = kernel.result() if hasattr(kernel, "result") else kernel  # of a compilation that ran side by side
     with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
-        with contextlib.suppress(OutOfResources):
+        with contextlib.suppress(*[OutOfResources] * shrinks):
             ready.run  # noqa: B018 - a property that does both
 
 
@@ -176,7 +179,7 @@ def launch_block(
     shared memory a kernel takes is known when it is compiled: what was found out is kept in `stages` under `key`."""
     while (n := stages.setdefault(key, most)) >= 2:
         try:
-            launch(kernel, grid, *args, num_stages=n, **options)
+            launch(kernel, grid, *args, num_stages=n, shrinks=True, **options)
             return True
         except OutOfResources:
             stages[key] = n - 1

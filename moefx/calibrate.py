@@ -305,6 +305,8 @@ def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
             work, units = probe.make(size)
             try:
                 work()
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError):  # the backend has no such collective, on any rank
                 break
             once = torch.tensor(seconds_of(work, device, 1), device=device)
