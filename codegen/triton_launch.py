@@ -153,7 +153,7 @@ def only_compiling() -> Iterator[None]:
         finally:
             _compiled = None
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        list(pool.map(lambda made: _load(*made, device), {id(made[0]): made for made in compiled}.values()))
+        list(pool.map(lambda made: _load(made[0], made[1], device), {id(made[0]): made for made in compiled}.values()))
 
 
 def _load(kernel: Any, shrinks: bool, device: int | None) -> None:
