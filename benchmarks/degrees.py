@@ -40,6 +40,7 @@ from moefx.build import ParallelPlans, compile_parallel  # noqa: E402
 from moefx.costs import Sizes  # noqa: E402
 from moefx.exchange import Wire  # noqa: E402
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template  # noqa: E402
+from moefx.measured import candidates, fastest, measure  # noqa: E402
 from moefx.parallel import ParallelRegion, chunk_seconds, holding  # noqa: E402
 from moefx.profile import Profile  # noqa: E402
 
@@ -192,10 +193,14 @@ def sweep_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> tuple[str,
         _, auto = rank.plan(moefx.Options())
         degrees = [r for r in range(1, DEGREES + 1) if r <= layer.sizes(dist.get_world_size()).capacity]
         made = [rank.plan(moefx.Options(degree=r)) for r in degrees]
-        measured = in_turns([rank.forward(region) for region, _ in made], rounds)
+        seconds = in_turns([rank.forward(region) for region, _ in made], rounds)
+        around = candidates(auto.schedules[0].degree, degrees[-1])
+        regions = {r: region for r, (region, _) in zip(degrees, made) if r in around}
+        tried = measure(regions, rank.params, set(rank.params), layer.tokens, rank.group)["forward"]
         timelines = [plans.timelines[0] for _, plans in made]
         rows.append({
-            "layer": asdict(layer), "chosen": auto.schedules[0].degree, "degrees": degrees, "seconds": measured,
+            "layer": asdict(layer), "tried": tried, "costs": auto.schedules[0].degree, "chosen": fastest(tried),
+            "degrees": degrees, "seconds": seconds,
             "predicted": [t.makespan_s if t else None for t in timelines], "chunk_s": rank.chunk_s,
         })  # fmt: skip
     return str(profile), rows
@@ -233,7 +238,8 @@ def _regret(row: dict[str, Any], pick: Callable[[dict[str, Any]], int]) -> float
 
 
 PICKS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "auto": lambda row: row["chosen"], "r=1": lambda row: 1, "r=2": lambda row: 2, "r=4": lambda row: 4,
+    "auto": lambda row: row["chosen"], "costs alone": lambda row: row["costs"],
+    "r=1": lambda row: 1, "r=2": lambda row: 2, "r=4": lambda row: 4,
 }  # fmt: skip
 
 

@@ -42,13 +42,17 @@ def compile_region(region: Region, degree: int = 1, kernels: str = "auto", polic
 
 @dataclass(frozen=True)
 class ParallelPlans:
-    """Both phases of a region whose experts are spread over ranks, and the timelines that decided, where there are times."""
+    """Both phases of a region whose experts are spread over ranks, and the timelines that decided, where there are times.
+
+    measured: by phase, what the degrees took that ran in turns, as text; empty where none did.
+    """
 
     graphs: tuple[TaskGraph, TaskGraph]
     schedules: tuple[Schedule, Schedule]
     plans: tuple[Plan, Plan]
     emitted: Emitted
     timelines: tuple[Timeline | None, Timeline | None]
+    measured: tuple[str, ...] = ("", "")
 
 
 def compile_parallel(

@@ -20,6 +20,7 @@ class Options:
     With several ranks: backward_degree: that of the backward pass (None: as `degree`). policy: the order of tasks,
     `moefx.passes.schedule.POLICIES`; "auto" needs a profile, which is made at the first use, and "fifo" none. all_to_all,
     codec, backward_codec: plug-ins by name. profile: a file of `moefx calibrate` (None: the one in the user's cache).
+    measured: whether a degree that is "auto" is also timed on the ranks against its neighbours, which the model may misjudge.
     capacity: the most rows that an expert gets from one rank's batch in any call: sizes are then static, and the host waits for
     nothing. A call with more is an error, never a wrong number. None: dropless, rows are counted.
     """
@@ -34,6 +35,7 @@ class Options:
     backward_codec: str = "none"
     profile: str | Path | None = None
     capacity: int | None = None
+    measured: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("degree", self.degree), ("backward_degree", self.backward_degree)):
@@ -42,6 +44,8 @@ class Options:
                 raise InputError(f"Options.{name} is the number of chunks, an integer >= 1, or 'auto'; got {value!r}")
         if self.capacity is not None and (type(self.capacity) is not int or self.capacity < 1):
             raise InputError(f"Options.capacity is a number of rows >= 1, or None; got {self.capacity!r}")
+        if not isinstance(self.measured, bool):
+            raise InputError(f"Options.measured is True or False; got {self.measured!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InputError(f"Options.seed is an integer; got {self.seed!r}")
         if self.kernels not in ("auto", "torch", "triton"):

@@ -32,10 +32,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
 import moefx
-from moefx import calibrate, probe, verify
+from moefx import calibrate, measured, probe, verify
 from moefx.begun import Begun, BegunBackward, Steps, first_part, second_part
 from moefx.block import RewrittenForward, Variant, rewritten
-from moefx.build import ParallelPlans, compile_parallel
+from moefx.build import PHASES, ParallelPlans, compile_parallel
 from moefx.codegen.all_to_all import ALL_TO_ALLS, Topology, make_all_to_all
 from moefx.codegen.codecs import CODECS, codec_for
 from moefx.compiled import CompiledRegion, Saved, _autocast_dtype
@@ -162,7 +162,7 @@ class ParallelRegion(CompiledRegion):
 
     def __init__(self, region: Region, local: Region, plans: ParallelPlans, kernels: str, wire: Wire) -> None:
         super().__init__(region, plans.graphs, plans.schedules, plans.plans, plans.emitted, kernels)
-        self.held, self.wire = local, wire
+        self.held, self.wire, self.measured = local, wire, plans.measured
         self.binder = LeafBinder(local.leaves) if local.experts else NoExperts(local.leaves)
         if not local.experts:
             self.kernels = "torch"  # nothing to compute
@@ -431,12 +431,47 @@ def _decide(
         params = {n: _piece(p, group) if n in held.stacked else p for n, p in module.named_parameters()}
         exact = replace(wire, experts=region.experts, capacity=None)
         chunk_s = chunk_seconds(region, held.region, params, exact, options.kernels, sizes.tokens)
-    texts: list[Any] = [None]
-    if group.rank() == 0:
-        first = compile_parallel(region, held.region, options, sizes, profile, shares, chunk_s=chunk_s)
-        texts = [[str(s) for s in first.schedules]]
-    dist.broadcast_object_list(texts, dist.get_global_rank(group, 0), group)
-    return compile_parallel(region, held.region, options, sizes, profile, shares, tuple(texts[0]), chunk_s)
+
+    def plans_of(chosen: Options) -> ParallelPlans:
+        """Rank 0 decides what is open, the others follow."""
+        texts: list[Any] = [None]
+        if group.rank() == 0:
+            first = compile_parallel(region, held.region, chosen, sizes, profile, shares, chunk_s=chunk_s)
+            texts = [[str(s) for s in first.schedules]]
+        dist.broadcast_object_list(texts, dist.get_global_rank(group, 0), group)
+        return compile_parallel(region, held.region, chosen, sizes, profile, shares, tuple(texts[0]), chunk_s)
+
+    plans = plans_of(options)
+    if not options.measured or "auto" not in options.degrees:
+        return plans
+    trained = {n for n, p in module.named_parameters() if p.requires_grad}
+    return measured_plans(region, held, params, trained, plans, plans_of, wire, options, sizes)
+
+
+def measured_plans(
+    region: Region,
+    held: Holding,
+    params: Mapping[str, Tensor],
+    trained: set[str],
+    plans: ParallelPlans,
+    plans_of: Callable[[Options], ParallelPlans],
+    wire: Wire,
+    options: Options,
+    sizes: Sizes,
+) -> ParallelPlans:
+    """The plans of the degrees that are fastest among those chosen by the costs and their neighbours; all ranks call it."""
+    chosen = plans.schedules[0].degree, plans.schedules[1].degree
+    around = [sorted({r for degree in chosen for r in measured.candidates(degree, sizes.capacity)})]  # ranks differ in sizes
+    dist.broadcast_object_list(around, dist.get_global_rank(wire.group, 0), wire.group)
+    one = replace(wire, experts=region.experts, capacity=None)  # rows that lie evenly overflow nothing
+    made = {r: plans_of(replace(options, degree=r, backward_degree=r, capacity=None)) for r in around[0]}
+    regions = {r: ParallelRegion(region, held.region, p, options.kernels, one) for r, p in made.items()}
+    seconds = measured.measure(regions, params, trained, sizes.tokens, wire.group)
+    best = [
+        given if given != "auto" else measured.fastest(of) for given, of in zip(options.degrees, seconds.values())
+    ]
+    told = tuple(", ".join(f"r={r} {1e3 * s:.3g} ms" for r, s in of.items()) for of in seconds.values())
+    return replace(plans_of(replace(options, degree=best[0], backward_degree=best[1])), measured=told)
 
 
 def chunk_seconds(
@@ -637,12 +672,13 @@ def _rewrite_report(report: Report, found: FoundBlock, compiled: ParallelRegion,
     experts = experts_of(compiled.region.experts, ranks, rank)
     which = f"experts {experts.start} to {experts.stop - 1}" if experts else "none"
     note = f"{which} of {compiled.region.experts} {'' if experts else 'experts '}on rank {rank} of {ranks}"
+    timed = tuple(f"{p} measured: {text}" for p, text in zip(PHASES, compiled.measured) if text)
     changed = replace(
         found,
         partition="\n".join(map(str, compiled.graphs)),
         schedule="\n".join(map(str, compiled.schedules)),
         source=compiled.source,
-        notes=(*found.notes, note),
+        notes=(*found.notes, note, *timed),
     )
     report.found[report.found.index(found)] = changed
 

@@ -1,0 +1,67 @@
+"""measured: which degrees run, which of them wins, and that all ranks take the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch.distributed as dist
+from ranks import run_ranks
+from test_parallel import EXACT, _profile_file, batch, differences, language_model
+
+import moefx
+from moefx.errors import InputError
+from moefx.measured import candidates, fastest
+
+
+def test_the_degrees_around_the_chosen_one():
+    assert candidates(1, 64) == [1, 2, 4, 8]
+    assert candidates(6, 64) == [1, 2, 3, 4, 6, 8, 12]
+    assert candidates(3, 3) == [1, 2, 3]
+    assert candidates(1, 0) == [1]
+
+
+def test_a_chunk_more_has_to_be_worth_it():
+    assert fastest({1: 1.0, 2: 0.995, 4: 2.0}) == 1
+    assert fastest({1: 1.0, 2: 0.5, 4: 0.497}) == 2
+
+
+def test_the_option_is_a_switch():
+    with pytest.raises(InputError, match="measured"):
+        moefx.Options(measured="yes")  # type: ignore[arg-type]
+
+
+def optimised(options: dict, experts: int) -> tuple[list[str], tuple[int, int], dict[str, float]]:
+    """The notes, the degrees, and the errors against the original."""
+    original = language_model("mixtral", layers=1, experts=experts)
+    model = copy.deepcopy(original)
+    given = moefx.Options(profile=_profile_file(), **options)
+    moefx.optimize(model, (batch(dist.get_rank()),), given, mesh=dist.group.WORLD)
+    found = moefx.explain(model).found[0]
+    degrees = tuple(int(line.split("r=")[1].split()[0]) for line in found.schedule.splitlines() if " r=" in line)
+    errors = differences(original, model, batch(dist.get_rank() + 7, 12))
+    return [note for note in found.notes if "measured" in note], degrees, errors
+
+
+@pytest.mark.parametrize(("options", "experts"), [({}, 8), ({}, 4), ({"capacity": 64}, 8)])
+def test_all_ranks_take_the_degrees_that_were_fastest(options: dict, experts: int) -> None:
+    """A rank without experts takes part; places of a capacity are measured as rows that are counted."""
+    results = run_ranks(3, optimised, options, experts)
+    assert all(result[:2] == results[0][:2] for result in results)
+    notes, degrees, _ = results[0]
+    assert [note.split(":")[0] for note in notes] == ["forward measured", "backward measured"]
+    for note, degree in zip(notes, degrees):
+        times = {int(part.split()[0][2:]): float(part.split()[1]) for part in note.split(": ")[1].split(", ")}
+        assert len(times) >= 2
+        assert times[degree] <= 1.02 * min(times.values())
+    assert max(max(errors.values()) for *_, errors in results) < EXACT
+
+
+def test_a_given_degree_stays() -> None:
+    (notes, degrees, errors), *_ = run_ranks(2, optimised, {"degree": 3}, 4)
+    assert (notes, degrees) == ([], (3, 3))
+    notes, degrees, _ = run_ranks(2, optimised, {"degree": 3, "backward_degree": "auto"}, 4)[0]
+    assert degrees[0] == 3
+    assert len(notes) == 2
+    assert max(errors.values()) < EXACT
+    assert not run_ranks(2, optimised, {"measured": False}, 4)[0][0]
