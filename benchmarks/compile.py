@@ -14,16 +14,18 @@ that gets the table, the numbers (compile.json) and what moefx.explain says.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -193,6 +195,26 @@ def cold(name: str, folder: Path, arguments: list[str], seconds: float) -> float
     return float(done.stdout.strip().splitlines()[-1])
 
 
+class OutOfTimeError(BaseException):
+    """Not an Exception: no compiler shall take it for a graph that it cannot compile."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises OutOfTimeError in what runs longer."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTimeError(f"not ready after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def check(name: str, model: nn.Module, call: Any, text: list[str]) -> None:
     """Raises when moefx has not replaced every block of the row."""
     row = ROWS[name]
@@ -216,7 +238,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is begun any more")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is made ready any more")
     parser.add_argument("--cold", nargs="*", choices=list(ROWS), help="the rows whose cold time is taken: all that compile")
     parser.add_argument("--together", action="store_true", help="the cold processes side by side: sooner, their times longer")
     parser.add_argument("--quick", action="store_true")
@@ -278,9 +300,10 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
             cold_of(name)
         use_cache(caches[name])
         try:
-            result.warm_s, result.loss, twin, calls[name] = made.first_calls(name)
+            with at_most(end - time.perf_counter()):
+                result.warm_s, result.loss, twin, calls[name] = made.first_calls(name)
             check(name, twin, calls[name], explained)
-        except Exception as error:  # noqa: BLE001 - a peer that cannot run is a row of the table
+        except (Exception, OutOfTimeError) as error:  # noqa: BLE001 - a peer that cannot run is a row of the table
             fail(name, error)
         print(f"{name}: first calls {seconds(result.cold_s)} s cold, {seconds(result.warm_s)} s warm {result.failed}", flush=True)
     reference = next((r.loss for r in results.values() if r.loss is not None), 0.0)
@@ -293,7 +316,9 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
                 one_turn(made, call, results[name], counts=turn > 0)
             except Exception as error:  # noqa: BLE001
                 fail(name, error)
-    write(options, made, results, explained)
+        if turn:  # so that a run that is stopped leaves what it has
+            write(options, made, results, explained)
+    print(table_of(options, made, results))
 
 
 def one_turn(made: Model, call: Callable[..., Any], result: Result, counts: bool) -> None:
@@ -310,16 +335,18 @@ def one_turn(made: Model, call: Callable[..., Any], result: Result, counts: bool
         result.peak = max(result.peak, peak)
 
 
-def write(options: argparse.Namespace, made: Model, results: dict[str, Result], explained: list[str]) -> None:
+def table_of(options: argparse.Namespace, made: Model, results: dict[str, Result]) -> str:
     ids = made.inputs["input_ids"]
-    text = table(results, useful_flops(made.model, ids.numel()), ids, options.layers, matmul_ceiling(made.device, options.dtype))
+    return table(results, useful_flops(made.model, ids.numel()), ids, options.layers, matmul_ceiling(made.device, options.dtype))
+
+
+def write(options: argparse.Namespace, made: Model, results: dict[str, Result], explained: list[str]) -> None:
     if out := os.environ.get("OUT"):
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compile.md").write_text(text + "\n")
+        (folder / "compile.md").write_text(table_of(options, made, results) + "\n")
         (folder / "compile.json").write_text(json.dumps({n: asdict(r) for n, r in results.items()}, indent=1))
         (folder / "explain.txt").write_text("\n".join(explained))
-    print(text)
 
 
 def table(results: dict[str, Result], flops: float, ids: Tensor, layers: int, ceiling: float) -> str:
