@@ -24,8 +24,8 @@ ROUNDS = 5  # measured, after one that is not
 
 
 def candidates(chosen: int, capacity: int) -> list[int]:
-    """The degrees to measure: r = 1, 2, 4, 8, the chosen one, half and twice of it, as far as there are rows for them."""
-    return sorted({r for r in (1, 2, 4, 8, chosen, chosen // 2, 2 * chosen) if 1 <= r <= max(1, capacity)})
+    """The degrees to measure: r = 1, 2, 3, 4, 8, the chosen one, half and twice of it, as far as there are rows for them."""
+    return sorted({r for r in (1, 2, 3, 4, 8, chosen, chosen // 2, 2 * chosen) if 1 <= r <= max(1, capacity)})
 
 
 def fastest(seconds: Mapping[int, float]) -> int:

@@ -15,7 +15,7 @@ from moefx.measured import candidates, fastest
 
 
 def test_the_degrees_around_the_chosen_one():
-    assert candidates(1, 64) == [1, 2, 4, 8]
+    assert candidates(1, 64) == [1, 2, 3, 4, 8]
     assert candidates(6, 64) == [1, 2, 3, 4, 6, 8, 12]
     assert candidates(3, 3) == [1, 2, 3]
     assert candidates(1, 0) == [1]
