@@ -126,8 +126,11 @@ def grouped_product(
 
 
 @contextlib.contextmanager
-def _plain_einsum() -> Iterator[None]:
-    """Without opt_einsum. Its own `flags` cannot be entered twice: it would set a strategy while opt_einsum is off."""
+def plain_einsum() -> Iterator[None]:
+    """Einsum takes its operands in their order: opt_einsum, where it is installed, may sum over slots and features at once.
+
+    Its own `flags` cannot be entered twice: it would set a strategy while opt_einsum is off.
+    """
     before = torch.backends.opt_einsum.enabled
     torch.backends.opt_einsum.set_flags(False)
     try:
@@ -138,10 +141,8 @@ def _plain_einsum() -> Iterator[None]:
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """Analysis runs outside of the caller's inference_mode, no_grad and autocast, and einsum takes its operands in their
-    order: opt_einsum, where it is installed, may sum over slots and features in one product."""
+    """Analysis runs outside of the caller's inference_mode, no_grad and autocast."""
     with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
-        stack.enter_context(_plain_einsum())
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from moefx import sizes
 from moefx.errors import Decline
-from moefx.probe import Emulated
+from moefx.probe import Emulated, plain_einsum
 from moefx.python_state import attributes, changed, picture, places
 from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild, user_line
 
@@ -250,6 +250,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
         _observed(module, recorder),
         torch.enable_grad(),
         Emulated(),
+        plain_einsum(),
         watch or contextlib.nullcontext(),
         recorder,
     ):
