@@ -295,9 +295,8 @@ class Block(nn.Module):
             torch.set_grad_enabled(enabled)
         return tuple(env[n] for n in part.outputs)
 
-    def _execute(
-        self, node: fx.Node, env: dict[fx.Node, Any], sizes: list[int], record: Record | None
-    ) -> Any:
+    def _execute(self, node: fx.Node, env: dict[fx.Node, Any], sizes: list[int], record: Record | None) -> Any:
+        """sizes: the token sizes of this run, where the part's own are plain numbers."""
         if node.op == "get_attr":
             result: Any = self._attributes[0]
             for name in str(node.target).split("."):
