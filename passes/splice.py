@@ -308,7 +308,7 @@ class Block(nn.Module):
         if self._fixed is not None and (numbers := self._fixed.replacing(node, sizes)):
             given = fx.node.map_aggregate(given, lambda x: numbers.get(x, x) if type(x) is int else x)
         args, kwargs = fx.node.map_arg(given, env.__getitem__)
-        if self._dtypes or self._device:
+        if (self._dtypes or self._device) and not _asks(node):
             args, kwargs = fx.node.map_aggregate((args, dict(kwargs)), self._constant)
         function = self._function(node, record is not None)
         operands: list[tuple[Tensor, int]] = []
@@ -339,6 +339,12 @@ class Block(nn.Module):
         if self._device is not None and (isinstance(x, torch.device) or isinstance(x, str) and x.startswith("cuda")):
             return self._device
         return x
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a node asks about the machine that the graph is for, as `torch.cuda.get_device_capability(device)` does."""
+    value = value_of(node)
+    return not node.all_input_nodes and value is not None and not any(isinstance(v, Tensor) for v in pytree.tree_leaves(value))
 
 
 def opened_operator(target: Any) -> Any:
