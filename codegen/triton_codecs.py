@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from moefx.codegen import codecs
 from moefx.codegen.codecs import BLOCK, FIXED_POINT, Codec, check_dtype, least_step, most_shift
-from moefx.codegen.triton_launch import interpreted, launch, on_device, power_of_2, unit_columns
+from moefx.codegen.triton_launch import cdiv, interpreted, launch, on_device, power_of_2, unit_columns
 from torch import Tensor
 
 from moefx.errors import InputError
@@ -114,7 +114,7 @@ class Int8(codecs.Int8):
         check(dtype)
         rows = wire.new_empty(wire.shape[0], d_model, dtype=dtype)
         if rows.numel():
-            grid = (wire.shape[0], triton.cdiv(d_model, _bn(d_model)))
+            grid = (wire.shape[0], cdiv(d_model, _bn(d_model)))
             run(int8_decode_kernel, grid, wire, rows, d_model, wire.stride(0), most_of(dtype), BN=_bn(d_model))
         return rows
 
@@ -198,10 +198,10 @@ class Fp8(codecs.Fp8):
         rows, width, size = unit_columns(rows), rows.shape[1], self._size(rows.shape[1])
         wire = rows.new_empty(rows.shape[0], self.wire_bytes(width, rows.dtype), dtype=torch.uint8)
         if wire.numel():
-            count, bn = triton.cdiv(width, size), _bn(size)
+            count, bn = cdiv(width, size), _bn(size)
             bb = COLUMNS // bn
             run(
-                fp8_encode_kernel, (rows.shape[0], triton.cdiv(count, bb)),
+                fp8_encode_kernel, (rows.shape[0], cdiv(count, bb)),
                 rows, wire, width, size, count, rows.stride(0), wire.stride(0), BB=bb, BN=bn,
             )  # fmt: skip
         return wire
@@ -211,7 +211,7 @@ class Fp8(codecs.Fp8):
         rows = wire.new_empty(wire.shape[0], d_model, dtype=dtype)
         if rows.numel():
             bn, size = _bn(d_model), self._size(d_model)
-            grid = (wire.shape[0], triton.cdiv(d_model, bn))
+            grid = (wire.shape[0], cdiv(d_model, bn))
             run(fp8_decode_kernel, grid, wire, rows, d_model, size, wire.stride(0), most_of(dtype), BN=bn)
         return rows
 
@@ -312,10 +312,10 @@ class Zfp(codecs.Zfp):
         rows, width, planes = unit_columns(rows), rows.shape[1], self.rate(rows.dtype) - 1
         wire = rows.new_empty(rows.shape[0], self.wire_bytes(width, rows.dtype), dtype=torch.uint8)
         if wire.numel():
-            row_blocks = triton.cdiv(width, BLOCK)
+            row_blocks = cdiv(width, BLOCK)
             blocks = rows.shape[0] * row_blocks
             run(
-                zfp_encode_kernel, (triton.cdiv(blocks, BLOCKS),),
+                zfp_encode_kernel, (cdiv(blocks, BLOCKS),),
                 rows, wire, blocks, width, row_blocks, rows.stride(0), LEAST=least_step(planes),
                 MOST=most_shift(planes), POINT=FIXED_POINT, PLANES=planes, BB=BLOCKS,
             )  # fmt: skip
@@ -326,10 +326,10 @@ class Zfp(codecs.Zfp):
         planes = self.rate(dtype) - 1
         rows = wire.new_empty(wire.shape[0], d_model, dtype=dtype)
         if rows.numel():
-            row_blocks = triton.cdiv(d_model, BLOCK)
+            row_blocks = cdiv(d_model, BLOCK)
             blocks = rows.shape[0] * row_blocks
             run(
-                zfp_decode_kernel, (triton.cdiv(blocks, BLOCKS),),
+                zfp_decode_kernel, (cdiv(blocks, BLOCKS),),
                 wire, rows, blocks, d_model, row_blocks, most_of(dtype), LEAST=least_step(planes),
                 POINT=FIXED_POINT, PLANES=planes, BB=BLOCKS,
             )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from moefx.codegen.triton_launch import (
+    cdiv,
     check_dtypes,
     compiling,
     described,
@@ -226,7 +227,7 @@ def _launch_block_linear(rows: Tensor, weight: Tensor, offsets: Tensor, out: Ten
     with on_device(rows):
         return launch_block(
             STAGES, key, tile.stages, block_linear_kernel, (programs,),
-            a, b, offsets, o, inner, experts, triton.cdiv(columns, tile.columns), INNER_LAST=inner_last,
+            a, b, offsets, o, inner, experts, cdiv(columns, tile.columns), INNER_LAST=inner_last,
             GROUP=group_for(weight), PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns,
             BK=tile.inner, num_warps=tile.warps,
         )  # fmt: skip
@@ -255,7 +256,7 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     out = rows.new_empty(total, columns)
     done = not out.numel() or (order is None and _launch_block_linear(rows, weight, offsets, out))
     for tile in tiles_for(rows, total, experts, columns, done=done):
-        tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(columns, tile.columns)
+        tiles_m, tiles_n = row_tiles(total, experts, tile.rows), cdiv(columns, tile.columns)
         with on_device(rows):
             launch(
                 grouped_linear_kernel, (tiles_m * tiles_n,),
@@ -363,7 +364,7 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
         o = described(out, (1, tile.rows, tile.columns // 2))
         if a is None or b is None or o is None:
             return False
-        tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
+        tiles_i, tiles_o = cdiv(inner, tile.rows), cdiv(columns, tile.columns)
         with on_device(rows):
             done = launch_block(
                 STAGES, ("wgrad", rows.device, tile), tile.stages, block_wgrad_kernel, (experts * tiles_i * tiles_o,),
@@ -397,7 +398,7 @@ def _launch_wgrad(
     if order is None and _launch_block_wgrad(rows, grad, offsets, out, add):
         return
     tile = tiles_for(rows, 128 * experts, experts, columns)[-1]  # every tile of the matrix is full, whatever the rows
-    tiles_i, tiles_o = triton.cdiv(inner, tile.rows), triton.cdiv(columns, tile.columns)
+    tiles_i, tiles_o = cdiv(inner, tile.rows), cdiv(columns, tile.columns)
     with on_device(rows):
         launch(
             grouped_wgrad_kernel, (experts * tiles_i * tiles_o,),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from moefx.codegen import triton_relaunch as relaunch
 from triton.runtime.errors import OutOfResources
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,6 +83,11 @@ def store_rows(out, start, count, column, block, BM: tl.constexpr, BN: tl.conste
     out.store([a, b, c, column], block.to(out.dtype).reshape(1, 1, BM, BN))
 
 
+def cdiv(n: int, by: int) -> int:
+    """n / by, rounded up. Triton's own, called on the host, takes longer than all else that computes a grid."""
+    return -(-n // by)
+
+
 def row_tiles(rows: int, experts: int, block: int) -> int:
     """How many tiles of `block` rows cover `rows` rows of `experts` experts, at worst: no tile spans two experts."""
     return rows // block + experts
@@ -132,7 +138,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, shrinks: bool = False
     if _compiled is not None:
         _compiled.append((kernel.warmup(*args, grid=grid, **options), shrinks))
     else:
-        kernel[grid](*args, **options)
+        (kernel[grid](*args, **options) if interpreted() else relaunch.launch(kernel, grid, args, options))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from moefx.codegen.triton_launch import (
+    cdiv,
     check_dtypes,
     expert_tile,
     launch,
@@ -61,7 +62,7 @@ def gather_rows(x: Tensor, order: Tensor, top_k: int, offsets: Tensor, w: Tensor
         bm, bn = _blocks(width, most=256)
         with on_device(x):
             launch(
-                gather_rows_kernel, (triton.cdiv(rows, bm), triton.cdiv(width, bn)),
+                gather_rows_kernel, (cdiv(rows, bm), cdiv(width, bn)),
                 x, order, x if w is None else w.contiguous(), offsets, out, rows, width, x.stride(0),
                 offsets.numel() - 1, top_k, WEIGHTED=w is not None, BM=bm, BN=bn,
             )  # fmt: skip
@@ -117,7 +118,7 @@ def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtyp
         bm, bn = _blocks(width)
         with on_device(h):
             launch(
-                combine_kernel, (triton.cdiv(tokens, bm), triton.cdiv(width, bn)),
+                combine_kernel, (cdiv(tokens, bm), cdiv(width, bn)),
                 h, position, h if w is None else w.contiguous(), out, tokens, width, h.stride(0), K=top_k,
                 WEIGHTED=w is not None, UNROLL=power_of_2(top_k, most=8), BM=bm, BN=bn,
             )  # fmt: skip
@@ -170,7 +171,7 @@ def _token_rows(
         bm, bn = _blocks(width)
         with on_device(h):
             launch(
-                token_rows_kernel, (triton.cdiv(rows, bm),),
+                token_rows_kernel, (cdiv(rows, bm),),
                 tokens, h, order, h if w is None else w.contiguous(), offsets, h if result is None else result,
                 h if products is None else products, rows, width, tokens.stride(0), h.stride(0), offsets.numel() - 1,
                 position.shape[1], SCALED=scaled, PRODUCTS=w is not None, BM=bm, BN=bn,
@@ -218,7 +219,7 @@ def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
         bm, bn = _blocks(width)
         with on_device(leaf):
             launch(
-                expert_rows_kernel, (row_tiles(rows, experts, bm), triton.cdiv(width, bn)),
+                expert_rows_kernel, (row_tiles(rows, experts, bm), cdiv(width, bn)),
                 leaf, offsets, out, width, leaf.stride(0), leaf.stride(1), experts,
                 BLOCK_E=power_of_2(experts), BM=bm, BN=bn,
             )  # fmt: skip
@@ -260,7 +261,7 @@ def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
         bn = power_of_2(width, least=16, most=64)
         with on_device(grad):
             launch(
-                expert_sum_kernel, (experts, triton.cdiv(width, bn)),
+                expert_sum_kernel, (experts, cdiv(width, bn)),
                 grad, offsets, out, width, grad.stride(0), BM=ELEMENTS // bn, BN=bn
             )
     return out

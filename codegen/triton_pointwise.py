@@ -21,9 +21,9 @@ from textwrap import indent
 from typing import Any
 
 import torch
-import triton
 from moefx.codegen import triton_grouped
 from moefx.codegen.triton_launch import (
+    cdiv,
     check_dtypes,
     described,
     described_rows,
@@ -843,7 +843,7 @@ class Pointwise:
         }
         for s, n in zip(sources.leaves, self._leaf_widths):
             if s not in sources.same_grad:  # fp32, since a sum over all rows follows
-                columns = triton.cdiv(sources.width, self._block(sources.width)[1]) if n == 1 else n
+                columns = cdiv(sources.width, self._block(sources.width)[1]) if n == 1 else n
                 made[s] = self._new_gradient(s, (rows, columns), inputs[0], torch.float32, whole=n == 1)
         given: list[Any] = []
         for g in grads:
@@ -852,7 +852,7 @@ class Pointwise:
         products, extra = None, [offsets, offsets, offsets]
         if weights is not None:
             order, w = weights
-            columns = triton.cdiv(sources.width, self._block(sources.width)[1])
+            columns = cdiv(sources.width, self._block(sources.width)[1])
             products = w.new_zeros(order.numel(), columns, dtype=torch.float32)
             extra = [order, w.contiguous(), products]
         self._launch(
@@ -911,7 +911,7 @@ class Pointwise:
         outputs = self._new_outputs([rows.dtype] * len(widths), leaves, rows, total)
         done = not total or self._launch_block(rows, weights, products, leaves, outputs, offsets, order, top_k, save)
         for tile in triton_grouped.tiles_for(rows, total, experts, sources.width, sources.products, done):
-            tiles_m, tiles_n = row_tiles(total, experts, tile.rows), triton.cdiv(sources.width, tile.columns)
+            tiles_m, tiles_n = row_tiles(total, experts, tile.rows), cdiv(sources.width, tile.columns)
             args: list[Any] = []
             for weight, product in zip(weights, products):
                 args += [weight, *weight.stride(), product]
@@ -970,7 +970,7 @@ class Pointwise:
             return launch_block(
                 self._stages, key, tile.stages, self._kernels[f"{self.segment.name}_block"], (programs,),
                 left, offsets if order is None else order, *args, *self._leaf_args(leaves), *results, offsets,
-                inner, rows.stride(0), experts, triton.cdiv(width, tile.columns), top_k, SAVE=save,
+                inner, rows.stride(0), experts, cdiv(width, tile.columns), top_k, SAVE=save,
                 GATHER=order is not None, INNER_LAST=inner_last, GROUP=max(group, 8 if per_expert >= 1024 else 1),
                 PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
                 num_warps=tile.warps,
@@ -1008,13 +1008,13 @@ class Pointwise:
         if not rows:
             return
         bm, bn = self._block(width)
-        tiles = row_tiles(rows, experts, bm) if leaves else triton.cdiv(rows, bm)
+        tiles = row_tiles(rows, experts, bm) if leaves else cdiv(rows, bm)
         args: list[Any] = []
         for t in inputs:
             args += [t, t.stride(0)]
         with on_device(inputs[0]):
             launch(
-                self._kernels[kernel], (tiles, triton.cdiv(width, bn)),
+                self._kernels[kernel], (tiles, cdiv(width, bn)),
                 *args, *self._leaf_args(leaves), *more, offsets, experts, **constants, BLOCK_E=power_of_2(experts),
                 BM=bm, BN=bn,
             )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import launch, on_device, power_of_2
+from moefx.codegen.triton_launch import cdiv, launch, on_device, power_of_2
 
 BLOCK = 256
 GROUPS = 64
@@ -83,9 +83,9 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
     """ids [T, K] -> order [T*K] int64, offsets [E+1] int32, position [T, K] int64; see `moefx.ops.route`."""
     ids = ids.contiguous()
     slots = ids.numel()
-    blocks = max(1, triton.cdiv(slots, BLOCK))
-    group_blocks = triton.cdiv(blocks, GROUPS)
-    groups = triton.cdiv(blocks, group_blocks)
+    blocks = max(1, cdiv(slots, BLOCK))
+    group_blocks = cdiv(blocks, GROUPS)
+    groups = cdiv(blocks, group_blocks)
     bins = power_of_2(experts + 1, least=128)
 
     before = ids.new_empty((groups * group_blocks, bins), dtype=torch.int32)
