@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from moefx.codegen import triton_relaunch as relaunch
 from triton.runtime.errors import OutOfResources
-from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
+from triton.tools.ragged_tma import to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefx.errors import InputError
@@ -206,20 +206,36 @@ def described(tensor: torch.Tensor, block: Sequence[int]) -> TensorDescriptor | 
     strides in multiples of 16 bytes, nothing empty. Blocks that reach over an edge are filled with zeros, and are not
     written there.
     """
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)) if _fits(tensor) else None
+    return _descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)) if _fits(tensor) else None
 
 
 def described_rows(rows: torch.Tensor, block: Sequence[int]) -> TensorDescriptor | None:
-    """A descriptor of rows [R, n] for `load_rows` and `store_rows`, which never touch the rows of another expert."""
-    return create_ragged_descriptor(rows, list(block)) if _fits(rows) else None
+    """A descriptor of rows [R, n] for `load_rows` and `store_rows`, which never touch the rows of another expert.
+
+    The same as `triton.tools.ragged_tma.create_ragged_descriptor(rows, block)`, which says how it works.
+    """
+    if not _fits(rows) or rows.shape[0] > 1 << 30:
+        return None
+    stride = rows.stride(0)
+    shape, strides = [0x7FFF0000, 0x7FFF0000, 1 << 30, rows.shape[1]], [(1 << 34) - stride, stride, stride, 1]
+    return _descriptor(rows, shape, strides, [1, 1, *block])
+
+
+def _descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """Without the constructor, which checks anew what `_fits` has checked and takes most of a launch's time."""
+    made: TensorDescriptor = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape, made.padding = base, shape, strides, block, "zero"
+    return made
 
 
 def _fits(tensor: torch.Tensor) -> bool:
-    if tensor.element_size() != 2 or not _has_copy_engine(tensor.device):
+    if tensor.element_size() != 2 or tensor.data_ptr() & 15 or not tensor.numel() or not _has_copy_engine(tensor.device):
         return False
     *lead, last = tensor.stride()
-    in_16_bytes = tensor.data_ptr() % 16 == 0 and all(s * 2 % 16 == 0 and s > 0 for s in lead)
-    return last == 1 and in_16_bytes and 0 not in tensor.shape
+    for stride in lead:
+        if stride <= 0 or stride & 7:
+            return False
+    return last == 1
 
 
 @cache

@@ -95,12 +95,14 @@ def _placed(leaf: Leaf) -> bool:
 
 
 class LeafBinder:
-    """Binds the leaves of a region to parameters given by name. Immutable."""
+    """Binds the leaves of a region to parameters given by name. Immutable, but for what it remembers of sizes."""
 
     def __init__(self, leaves: tuple[Leaf, ...]) -> None:
         self.leaves = leaves
         self.names = tuple(dict.fromkeys(name for leaf in leaves for name in leaf.params))
         self.groups, self.loose = self._group()
+        self._lattices: dict[tuple[int, int], Lattice] = {}
+        self._direct: dict[tuple[Group, int], list[int]] = {}
 
     def _group(self) -> tuple[tuple[Group, ...], tuple[int, ...]]:
         """Leaves that share their list of parameters form a group; a parameter belongs to one group at most."""
@@ -151,10 +153,14 @@ class LeafBinder:
 
     def _lattice(self, i: int, member_numel: int) -> Lattice:
         """Where leaf i lies in its group's storage of [members, member_numel]."""
-        leaf = self.leaves[i]
-        shape, strides = (leaf.shape, leaf.strides) if leaf.shape else ((1,), (1,))
-        step = member_numel if not leaf.stacked else (leaf.expert_stride or 0)
-        return Lattice(leaf.offsets[0], (1 if leaf.shared else leaf.experts, *shape), (step, *strides))
+        known = self._lattices.get((i, member_numel))
+        if known is None:
+            leaf = self.leaves[i]
+            shape, strides = (leaf.shape, leaf.strides) if leaf.shape else ((1,), (1,))
+            step = member_numel if not leaf.stacked else (leaf.expert_stride or 0)
+            known = Lattice(leaf.offsets[0], (1 if leaf.shared else leaf.experts, *shape), (step, *strides))
+            self._lattices[i, member_numel] = known
+        return known
 
     def _view(self, i: int, base: Tensor, member_numel: int, start: int) -> Tensor:
         lattice = self._lattice(i, member_numel)
@@ -202,9 +208,8 @@ class LeafBinder:
         loose = self._apart(together, wanted)
         for group in together:
             first, members = params[group.names[0]], len(group.names)
-            lattices = {i: self._lattice(i, first.numel()) for i in group.leaves}
-            direct = self._disjoint(lattices)
-            filled = sum(numel(lattices[i].shape) for i in direct) == first.numel() * members
+            direct = self._written(group, first.numel())
+            filled = sum(numel(self._lattice(i, first.numel()).shape) for i in direct) == first.numel() * members
             buffer = (first.new_empty if filled else first.new_zeros)((members, *first.shape))
             for i in direct:
                 result.leaves[i] = self._view(i, buffer, first.numel(), 0)
@@ -221,12 +226,14 @@ class LeafBinder:
             result.pending.append((temporary, list(self._pieces(i, result.params))))
         return result
 
-    @staticmethod
-    def _disjoint(lattices: dict[int, Lattice]) -> list[int]:
-        """Leaves that may be written straight into the buffer: none overlaps itself or another."""
-        own = [i for i, lattice in lattices.items() if lattice.injective()]
-        clash = {j for i, j in combinations(own, 2) if not lattices[i].disjoint(lattices[j])}
-        return [i for i in own if i not in clash]
+    def _written(self, group: Group, member_numel: int) -> list[int]:
+        """Leaves that may be written straight into the group's buffer: none overlaps itself or another."""
+        if (group, member_numel) not in self._direct:
+            lattices = {i: self._lattice(i, member_numel) for i in group.leaves}
+            own = [i for i, lattice in lattices.items() if lattice.injective()]
+            clash = {j for i, j in combinations(own, 2) if not lattices[i].disjoint(lattices[j])}
+            self._direct[group, member_numel] = [i for i in own if i not in clash]
+        return self._direct[group, member_numel]
 
 
 @dataclass(frozen=True)

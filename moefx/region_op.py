@@ -17,6 +17,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def counted() -> bool:
 # ------------------------------------------------------------------------------------------------ forward
 
 
+@cache
 def _kind(name: str) -> str:
     """What a saved value of a plan is: "input" (x, w), "routing", "rows" [R, n]; "" when that is not known."""
     kinds = {"input": r"[xw]", "routing": r"(order|offsets|position)(_\d+)?", "rows": r"v\d+(_\d+)?"}
