@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -40,7 +39,7 @@ from moefx.build import ParallelPlans, compile_parallel  # noqa: E402
 from moefx.costs import Sizes  # noqa: E402
 from moefx.exchange import Wire  # noqa: E402
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template  # noqa: E402
-from moefx.measured import candidates, fastest, measure  # noqa: E402
+from moefx.measured import AtOnce, candidates, fastest, measure  # noqa: E402
 from moefx.parallel import ParallelRegion, chunk_seconds, holding  # noqa: E402
 from moefx.profile import Profile  # noqa: E402
 
@@ -119,12 +118,21 @@ class Rank:
         )  # fmt: skip
         region, held = self.layer.region(), self.held.region
         if self.chunk_s is None and self.profile is not None:
-            measured = [chunk_seconds(region, held, self.params, wire, "torch")]
+            measured = [chunk_seconds(region, held, self.params, wire, "torch", self.layer.tokens)]
             dist.broadcast_object_list(measured)  # all ranks decide alike
             self.chunk_s = measured[0]
         sizes = self.layer.sizes(self.group.size())
         plans = compile_parallel(region, held, options, sizes, self.profile, shares, chunk_s=self.chunk_s or {})
         return ParallelRegion(self.layer.region(), self.held.region, plans, "torch", wire), plans
+
+    def measured_degrees(self) -> dict[str, int]:
+        """Of both phases, the degrees that `optimize` takes: the fastest of those around what the costs choose."""
+        chosen = [s.degree for s in self.plan(moefx.Options())[1].schedules]
+        most = self.layer.sizes(self.group.size()).capacity
+        around = sorted({r for degree in chosen for r in candidates(degree, most)})
+        regions = {r: self.plan(moefx.Options(degree=r))[0] for r in around}
+        seconds = measure(regions, self.params, set(self.params), self.layer.tokens, self.group)
+        return {"degree": fastest(seconds["forward"]), "backward_degree": fastest(seconds["backward"])}
 
     def forward(self, region: ParallelRegion) -> Callable[[], Any]:
         tensors = [self.params[n] for n in region.binder.names]
@@ -252,34 +260,16 @@ def gain_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> list[dict[s
     for layer in chosen:
         rank = Rank(layer, profile)
         one, _ = rank.plan(moefx.Options(degree=1))
-        best, plans = rank.plan(moefx.Options())
+        best, plans = rank.plan(moefx.Options(**rank.measured_degrees()))
         # What cannot overlap: the same work without any wire, and the exchanges alone.
         alone = rank.plan(moefx.Options(degree=1))[0]
-        alone.wire = replace(alone.wire, all_to_all=Nowhere())
+        alone.wire = replace(alone.wire, all_to_all=AtOnce())
         one_s, auto_s, compute_s = in_turns([rank.step(one), rank.step(best), rank.step(alone)], rounds)
         rows.append({
             "layer": asdict(layer), "one": one_s, "auto": auto_s, "compute": compute_s, "degrees": best.degrees,
             "predicted": sum(t.makespan_s for t in plans.timelines if t),
         })  # fmt: skip
     return rows
-
-
-class Nowhere:
-    """Rows arrive at once, as if every link were infinitely fast: the same number, of one's own."""
-
-    def start(self, send: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], all_rows: Any = None) -> Any:
-        rows = send.new_zeros(sum(received_rows), send.shape[1])
-        n = min(len(rows), len(send))
-        rows[:n] = send[:n]
-        return _Here(rows)
-
-
-@dataclass
-class _Here:
-    rows: Tensor
-
-    def wait(self) -> Tensor:
-        return self.rows
 
 
 def gain(options: argparse.Namespace) -> None:

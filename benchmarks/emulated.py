@@ -38,7 +38,6 @@ from layer import milliseconds  # noqa: E402
 from multi_gpu_parts import (  # noqa: E402
     Batch,
     Layer,
-    Nowhere,
     Overlap,
     Spread,
     compile_kernels,
@@ -54,6 +53,7 @@ from multi_gpu_parts import (  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import moefx  # noqa: E402
+from moefx.measured import AtOnce  # noqa: E402
 
 EMULATED = "EMULATED exchange (pinned host copies on one GPU)"
 PIECE_BYTES = 8 << 20  # a piece travels back while the next one leaves
@@ -180,7 +180,7 @@ def layer_row(
     if out is None:
         return row
     alone, _ = spread.plan(moefx.Options(degree=1, policy="fifo"), tokens)
-    alone.wire = replace(alone.wire, all_to_all=Nowhere())
+    alone.wire = replace(alone.wire, all_to_all=AtOnce())
     works = {f"r={r}": step(region, spread.params, batch) for r, region in regions.items()}
     ms = in_turns(works | {"no exchange": step(alone, spread.params, batch)}, rounds)
     compute = ms.pop("no exchange")

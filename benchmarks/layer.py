@@ -9,7 +9,8 @@ its time counts. For few tokens a third time is that of the forward as a CUDA gr
 speed is that of the graph. The last column of moefx's rows of many tokens: its step with skewed routing (Zipf's popularity
 of experts), as a multiple of the step with even routing.
 
-Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile.
+Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile; moefx has both rows
+too, the layer called eagerly and under torch.compile.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ SHAPES = {
 TOKENS = (1, 16, 64, 512, 4096, 16384, 32768)
 CALLS = 4  # of a turn
 FEW_TOKENS = 64  # up to here the time is that of reading weights
-PEERS = ("hf eager", "hf grouped_mm", "hf grouped_mm compiled", "moefx")
+PEERS = ("hf eager", "hf grouped_mm", "hf grouped_mm compiled", "moefx", "moefx compiled")
 
 
 def build(shape: Shape, implementation: str, device: str) -> nn.Module:
@@ -98,9 +99,13 @@ class Layer(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
+def ours(peer: str) -> bool:
+    return peer.startswith("moefx")
+
+
 def make(peer: str, shape: Shape, device: str) -> nn.Module:
     layer = Layer(build(shape, "eager" if peer == "hf eager" else "grouped_mm", device))
-    if peer == "moefx":
+    if ours(peer):
         moefx.optimize(layer, (torch.randn(1, 64, shape.d_model, device=device, dtype=torch.bfloat16),))
         report = moefx.explain(layer)
         if not report.found:
@@ -249,7 +254,7 @@ def rows(
     name: str, shape: Shape, tokens: int, results: dict[str, Result], top: Ceiling, skew_of: Callable[[], str]
 ) -> list[str]:
     flops = 6 * tokens * shape.top_k * shape.d_model * shape.d_expert
-    others = [r for p, r in results.items() if p != "moefx"]
+    others = [r for p, r in results.items() if not ours(p)]
     lines = []
     for peer, r in results.items():
         if tokens <= FEW_TOKENS:
@@ -260,7 +265,7 @@ def rows(
             forward, both = flops / r.forward_ms / 1e9, 3 * flops / r.step_ms / 1e9
             speed, share = f"{forward:.0f} / {both:.0f} TFLOP/s", f"{forward / top.tflops:.0%} / {both / top.tflops:.0%}"
         ahead = ""
-        if peer == "moefx" and others:
+        if ours(peer) and others:
             best = min(o.forward_ms for o in others) / r.forward_ms, min(o.step_ms for o in others) / r.step_ms
             ahead = f"{best[0]:.2f}x / {best[1]:.2f}x"
         times = f"{r.forward_ms:.3f} / {r.step_ms:.3f}" + (f" / {r.graph_ms:.3f}" if r.graph_ms else "")

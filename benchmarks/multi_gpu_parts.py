@@ -52,6 +52,7 @@ from moefx.costs import Sizes  # noqa: E402
 from moefx.errors import InputError  # noqa: E402
 from moefx.exchange import Wire, experts_of  # noqa: E402
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template  # noqa: E402
+from moefx.measured import AtOnce  # noqa: E402
 from moefx.parallel import ParallelRegion, chunk_seconds, expert_parameters, holding  # noqa: E402
 from moefx.profile import Profile, device_name, rate  # noqa: E402
 
@@ -617,21 +618,6 @@ TOKENS = (4096, 8192, 16384, 32768)
 TOY_LAYERS, TOY_TOKENS = {"toy": Layer(64, 48, 8, 2)}, (128, 256)
 
 
-class Nowhere:
-    """An exchange that takes no time and brings rows of no meaning: what a layer costs without its wire."""
-
-    def start(self, send: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], all_rows: Any = None) -> Any:
-        return _Here(send.new_empty(sum(received_rows), send.shape[1]))
-
-
-@dataclass
-class _Here:
-    rows: Tensor
-
-    def wait(self) -> Tensor:
-        return self.rows
-
-
 class Shape:
     """A layer of real width, made when it is first needed."""
 
@@ -652,7 +638,7 @@ def layer_row(bench: Bench, shape: Shape, tokens: int) -> dict[str, Any]:
     variants = {f"r={r}": moefx.Options(degree=r) for r in degrees} | {"auto": moefx.Options()}
     plans = {name: spread.plan(options, tokens) for name, options in variants.items()}
     alone, _ = spread.plan(moefx.Options(degree=1), tokens)
-    alone.wire = replace(alone.wire, all_to_all=Nowhere())
+    alone.wire = replace(alone.wire, all_to_all=AtOnce())
     compile_kernels([region for region, _ in plans.values()], spread.params, batch, bench.options.reserve)
     works = {name: step(region, spread.params, batch, bench.options.reserve) for name, (region, _) in plans.items()}
     seconds = bench.in_turns({**works, "no wire": step(alone, spread.params, batch)}, rounds)

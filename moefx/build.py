@@ -12,7 +12,7 @@ from typing import Any, Literal
 from moefx.codegen.emit import emit
 from moefx.compiled import CompiledRegion, Emitted
 from moefx.costs import Sizes, price
-from moefx.ir import Plan, Region, Schedule, Task, TaskGraph
+from moefx.ir import NO_CHUNK, Plan, Region, Schedule, Task, TaskGraph
 from moefx.options import Options
 from moefx.passes.lower import lower
 from moefx.passes.lower_parallel import lower_parallel
@@ -70,8 +70,10 @@ def compile_parallel(
     sizes, profile: what a degree or an order that `options` leave open is chosen by. wire_shares: by phase, the bytes of an
     encoded row per byte of a row; no entry, no codec. decided: the texts of the schedules, where another rank has chosen.
     chunk_s: by phase, seconds that one more chunk costs however few rows it has, beyond what the profile knows; as "exchange"
-    those of an exchange of next to nothing, which no exchange is faster than; and where a host launches what a device runs, as
-    "host forward" those that it needs for the launches of one more chunk, as "host forward once" for the others.
+    those of an exchange of next to nothing, which no exchange is faster than; as "compute forward" and so on, where it was
+    measured, what all tasks but the exchanges take in one chunk, which the profile then only divides among them; and where a
+    host launches what a device runs, as "host forward" those that it needs for the launches of one more chunk, as "host
+    forward once" for the others.
     """
     chosen = []
     for i in (0, 1):
@@ -83,7 +85,8 @@ def compile_parallel(
         given = Schedule.parse(decided[i]) if decided else None
         least = chunk_s.get(phase, 0.0), chunk_s.get("exchange", 0.0)
         host = Host(chunk_s.get(f"host {phase} once", 0.0), chunk_s.get(f"host {phase}", 0.0))
-        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least, host))
+        compute_s = chunk_s.get(f"compute {phase}")
+        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least, compute_s, host))
     graphs, schedules, timelines = (tuple(column) for column in zip(*chosen))
     degree = schedules[0].degree
     forward, backward = (
@@ -104,9 +107,15 @@ def _choose(
     given: Schedule | None,
     chunk_s: float,
     exchange_s: float,
+    compute_s: float | None,
     host: Host,
 ) -> tuple[TaskGraph, Schedule, Timeline | None]:
     """The graph, its order, and what it costs."""
+    parts: dict[str, float] = {}  # of what one chunk computes, by kind of task
+    if profile is not None and compute_s is not None:
+        whole = price(expert_parallel(1, phase, layout), sizes, profile)
+        known = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource == COMPUTE}
+        parts = {kind: s / sum(known.values()) for kind, s in known.items()}
 
     def build(r: int) -> TaskGraph:
         graph = expert_parallel(r, phase, layout)
@@ -114,10 +123,16 @@ def _choose(
             return graph
         graph = price(graph, sizes, profile)
         share = chunk_s / max(1, sum(t.resource == COMPUTE and t.chunk == 0 for t in graph.tasks))
+        if compute_s is not None:  # one chunk's share is in it
+            share *= (r - 1) / r
 
         def seconds(task: Task) -> float:
             known = graph.seconds[task.name]
-            return known + share if task.resource == COMPUTE else max(known, exchange_s)
+            if task.resource != COMPUTE:
+                return max(known, exchange_s)
+            if compute_s is not None:
+                known = compute_s * parts[task.kind] / (1 if task.chunk == NO_CHUNK else r)
+            return known + share
 
         return graph.timed(seconds)
 

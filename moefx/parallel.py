@@ -477,7 +477,8 @@ def measured_plans(
 def chunk_seconds(
     region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str, tokens: int = 0
 ) -> dict[str, float]:
-    """By phase, what one more chunk costs when there is next to nothing in it, and the same of an "exchange".
+    """By phase, what one more chunk costs when there is next to nothing in it, and the same of an "exchange"; on the CPU also
+    what all that is no exchange takes for `tokens` (0: not measured) in one chunk, as "compute forward" and so on.
 
     All ranks call it.
 
@@ -510,9 +511,20 @@ def chunk_seconds(
     exchange = _median_s(lambda: wire.all_to_all.start(few_rows, counts, counts).wait(), wire.group, device)
     chunk = {phase: max(0.0, (many - one) / (MANY - 1)) for phase, (one, many) in seconds.items()}
     if not cuda:
-        return chunk | {"exchange": exchange}
+        return chunk | {"exchange": exchange} | (_compute_seconds(region, local, params, bare, kernels, tokens) if tokens else {})
     once = {f"host {phase} once": max(0.0, one - chunk[phase]) for phase, (one, _) in seconds.items()}
     return once | {f"host {phase}": s for phase, s in chunk.items()}
+
+
+def _compute_seconds(
+    region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str, tokens: int
+) -> dict[str, float]:
+    """A whole phase of one chunk with rows that arrive at once."""
+    sizes = Sizes(tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
+    plans = compile_parallel(region, local, Options(degree=1, policy="fifo"), sizes, None, {})
+    one = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=measured.AtOnce()))
+    seconds = measured.measure({1: one}, params, set(params), tokens, wire.group)
+    return {f"compute {phase}": of[1] for phase, of in seconds.items()}
 
 
 def _median_s(run: Callable[[], Any], group: dist.ProcessGroup, device: torch.device, launches: bool = False) -> float:

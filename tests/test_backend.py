@@ -302,6 +302,32 @@ def test_static_graphs_of_many_tokens(kind: str, fixed_sizes: list[splice.FixedS
     assert any(fixed_sizes)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """As `torch.cuda.get_device_capability`, which Transformers asks and Dynamo records."""
+    if device.type != "cuda":
+        raise ValueError(f"Expected a cuda device, but got: {device}")
+    return 9, 0
+
+
+def test_a_question_about_the_device_keeps_its_answer() -> None:
+    """Probes run on the CPU, whatever the graph is for."""
+
+    def asking(gm: fx.GraphModule, inputs: Any) -> Any:
+        for node in [n for n in gm.graph.nodes if n.target == "topk" or getattr(n.target, "__name__", "") == "topk"]:
+            with gm.graph.inserting_before(node):
+                question = gm.graph.call_function(capability, (torch.device("cuda"),))
+            question.meta = {**node.meta, "example_value": (9, 0)}
+        gm.recompile()
+        return moefx.backend.moefx(gm, inputs, options=INNER)
+
+    model = Layers("gathered")
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=asking, fullgraph=True)
+    x = tokens(4, 16)
+    assert_same(outcome(compiled, model, x), outcome(reference, reference, x), torch.float32)
+    assert len(GRAPHS[0].found) == 2, GRAPHS[0]
+
+
 class Limited(Moe):
     """Each expert takes so many tokens, the first ones: a number that Dynamo computes from the sizes."""
 

@@ -167,3 +167,17 @@ def test_a_slow_host_lowers_the_degree() -> None:
     for of_phase in zip(*degrees):
         assert of_phase[0] > of_phase[-1] == 1
         assert list(of_phase) == sorted(of_phase, reverse=True)
+
+
+def test_what_one_chunk_computes_is_taken_as_measured() -> None:
+    """The profile divides it among the tasks; a chunk more costs what was measured for one."""
+    region, profile = simplify(regions.region("swiglu_fused")), preset("pipemoe-16")
+    profile = replace(profile, lines={**profile.lines, "permute": replace(profile.lines["experts"], unit="hbm_bytes")})
+    sizes = Sizes(tokens=8192, top_k=2, d_model=4096, d_expert=4096, experts=6, ranks=3)
+    measured = {"compute forward": 0.5, "compute backward": 1.5, "forward": 0.01, "backward": 0.02}
+    for degree in (1, 4):
+        options = Options(degree=degree, backward_degree=degree)
+        plans = compile_parallel(region, local(region), options, sizes, profile, {}, chunk_s=measured)
+        for timeline, whole, more in zip(plans.timelines, (0.5, 1.5), (0.01, 0.02)):
+            assert timeline is not None
+            assert abs(timeline.busy_s["compute"] - whole - (degree - 1) * more) < 1e-9

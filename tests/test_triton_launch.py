@@ -1,0 +1,44 @@
+"""Descriptors for the copy engine: those of Triton's own constructors, made without them."""
+
+import pytest
+import torch
+from moefx.codegen.triton_launch import cdiv, described, described_rows
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@pytest.fixture(autouse=True)
+def _with_a_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moefx.codegen.triton_launch._has_copy_engine", lambda device: True)
+
+
+def test_a_descriptor_is_the_one_that_triton_makes() -> None:
+    weight = torch.zeros(4, 64, 48, dtype=torch.bfloat16)
+    for tensor, block in ((weight, [1, 32, 16]), (weight[1:, 8:], [1, 16, 16]), (weight[0], [32, 16])):
+        assert described(tensor, block) == TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def test_a_descriptor_of_rows_is_the_one_that_triton_makes() -> None:
+    rows = torch.zeros(100, 48, dtype=torch.float16)
+    for tensor in (rows, rows[:, 16:], rows[4:]):
+        assert described_rows(tensor, (64, 16)) == create_ragged_descriptor(tensor, [64, 16])
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(8, 16),  # 32 bits
+        torch.zeros(8, 20, dtype=torch.bfloat16),  # rows begin at no multiple of 16 bytes
+        torch.zeros(8, 32, dtype=torch.bfloat16)[:, 1:],  # an address in between
+        torch.zeros(16, 8, dtype=torch.bfloat16).T,  # features apart
+        torch.zeros(0, 16, dtype=torch.bfloat16),
+        torch.zeros(1, 16, dtype=torch.bfloat16).expand(8, 16),  # all rows in one place
+    ],
+)
+def test_what_the_copy_engine_does_not_take(tensor: torch.Tensor) -> None:
+    assert described(tensor, (8, 16)) is None
+    assert described_rows(tensor, (8, 16)) is None
+
+
+def test_rounding_up() -> None:
+    assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
