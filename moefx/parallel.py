@@ -511,7 +511,8 @@ def chunk_seconds(
     exchange = _median_s(lambda: wire.all_to_all.start(few_rows, counts, counts).wait(), wire.group, device)
     chunk = {phase: max(0.0, (many - one) / (MANY - 1)) for phase, (one, many) in seconds.items()}
     if not cuda:
-        return chunk | {"exchange": exchange} | (_compute_seconds(region, local, params, bare, kernels, tokens) if tokens else {})
+        compute = _compute_seconds(region, local, params, wire, kernels, tokens) if tokens else {}
+        return chunk | {"exchange": exchange} | compute
     once = {f"host {phase} once": max(0.0, one - chunk[phase]) for phase, (one, _) in seconds.items()}
     return once | {f"host {phase}": s for phase, s in chunk.items()}
 
@@ -519,9 +520,9 @@ def chunk_seconds(
 def _compute_seconds(
     region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str, tokens: int
 ) -> dict[str, float]:
-    """A whole phase of one chunk with rows that arrive at once."""
+    """A whole phase of one chunk with rows that arrive at once; codecs are part of it."""
     sizes = Sizes(tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
-    plans = compile_parallel(region, local, Options(degree=1, policy="fifo"), sizes, None, {})
+    plans = compile_parallel(region, local, Options(degree=1, policy="fifo"), sizes, None, dict.fromkeys(wire.codecs, 1.0))
     one = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=measured.AtOnce()))
     seconds = measured.measure({1: one}, params, set(params), tokens, wire.group)
     return {f"compute {phase}": of[1] for phase, of in seconds.items()}

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch.distributed as dist
+from moefx.codegen.codecs import Int8
 from ranks import run_ranks
 from test_parallel import EXACT, _profile_file, batch, differences, language_model
 
@@ -55,6 +56,20 @@ def test_all_ranks_take_the_degrees_that_were_fastest(options: dict, experts: in
         assert len(times) >= 2
         assert times[degree] <= 1.02 * min(times.values())
     assert max(max(errors.values()) for *_, errors in results) < EXACT
+
+
+def encodings(options: dict) -> int:
+    """How often int8 encodes rows while a model is optimised: its equivalence is checked without codecs."""
+    calls, encode = [], Int8.encode
+    Int8.encode = lambda self, rows: (calls.append(rows), encode(self, rows))[1]  # type: ignore[method-assign]
+    given = moefx.Options(profile=_profile_file(), measured=False, **options)
+    moefx.optimize(language_model("mixtral", layers=1, experts=4), (batch(dist.get_rank()),), given, mesh=dist.group.WORLD)
+    return len(calls)
+
+
+def test_codecs_are_part_of_what_a_layer_computes() -> None:
+    assert min(run_ranks(2, encodings, {"codec": "int8"})) > 0
+    assert max(run_ranks(2, encodings, {})) == 0
 
 
 def test_a_given_degree_stays() -> None:
