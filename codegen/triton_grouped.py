@@ -104,7 +104,7 @@ def tiles_for(
         return []
     if interpreted():
         return [Tile(32, 32, 32, 4, 1)]
-    sizes = [-(-total_rows // experts)]
+    sizes = [cdiv(total_rows, experts)]
     if compiling():
         sizes = [n for n in ROWS if n < MANY_ROWS or not done]
     of_chip = shared_bytes(rows.device)
@@ -235,7 +235,7 @@ def _launch_block_linear(rows: Tensor, weight: Tensor, offsets: Tensor, out: Ten
 
 def many_rows(rows: int, experts: int) -> bool:
     """Whether blocks of 128 rows suit; yes while kernels are only made ready for any number of rows."""
-    return compiling() or -(-rows // experts) >= MANY_ROWS
+    return compiling() or cdiv(rows, experts) >= MANY_ROWS
 
 
 def group_for(weight: Tensor) -> int:

@@ -137,8 +137,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, shrinks: bool = False
     """
     if _compiled is not None:
         _compiled.append((kernel.warmup(*args, grid=grid, **options), shrinks))
+    elif interpreted():
+        kernel[grid](*args, **options)
     else:
-        (kernel[grid](*args, **options) if interpreted() else relaunch.launch(kernel, grid, args, options))
+        relaunch.launch(kernel, grid, args, options)
 
 
 @contextlib.contextmanager

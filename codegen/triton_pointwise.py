@@ -940,7 +940,7 @@ class Pointwise:
     ) -> bool:
         """`linear` by the kernel `..._block`; False where it does not apply."""
         experts, inner, width = offsets.numel() - 1, rows.shape[1], self._sources.width
-        per_expert = -(-outputs[0].shape[0] // experts)
+        per_expert = cdiv(outputs[0].shape[0], experts)
         wide = self._sources.products == 1 and width >= 256
         tile = triton_grouped.Tile(128, 256 if wide else 128, 64, 8, 4 if self._sources.products == 2 else 3)
         inner_last = weights[0].stride(1) == 1

@@ -114,8 +114,8 @@ def _choose(
     parts: dict[str, float] = {}  # of what one chunk computes, by kind of task
     if profile is not None and compute_s is not None:
         whole = price(expert_parallel(1, phase, layout), sizes, profile)
-        known = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource == COMPUTE}
-        parts = {kind: s / sum(known.values()) for kind, s in known.items()}
+        by_kind = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource == COMPUTE}
+        parts = {kind: s / sum(by_kind.values()) for kind, s in by_kind.items()}
 
     def build(r: int) -> TaskGraph:
         graph = expert_parallel(r, phase, layout)

@@ -87,7 +87,7 @@ def main() -> None:
     for _ in range(300):
         dtype = draw.choice(list(pool))
         if draw.random() < 0.3:
-            a, b = (TensorDescriptor.from_tensor(pool[dtype][start:], [draw.choice([8, 16])] * 1 + [16]) for start in (0, 8))
+            a, b = (TensorDescriptor.from_tensor(pool[dtype][start:], [draw.choice([8, 16]), 16]) for start in (0, 8))
             b.block_shape = a.block_shape
             kernel, args, options = copy, (a, b, draw.choice([1, 8, 16, 33])), {"num_warps": 4}
         else:
