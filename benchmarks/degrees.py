@@ -35,12 +35,14 @@ from overlap import table  # noqa: E402
 
 import moefx  # noqa: E402
 from moefx import calibrate  # noqa: E402
-from moefx.build import ParallelPlans, compile_parallel  # noqa: E402
-from moefx.costs import Sizes  # noqa: E402
+from moefx.build import ParallelPlans  # noqa: E402
+from moefx.costs import BlockTimes, Sizes  # noqa: E402
+from moefx.degrees import plans_for  # noqa: E402
 from moefx.exchange import Wire  # noqa: E402
+from moefx.holding import holding  # noqa: E402
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template  # noqa: E402
-from moefx.measured import AtOnce, candidates, fastest, measure  # noqa: E402
-from moefx.parallel import ParallelRegion, chunk_seconds, holding  # noqa: E402
+from moefx.measured import AtOnce, block_times  # noqa: E402
+from moefx.parallel_region import ParallelRegion  # noqa: E402
 from moefx.profile import Profile  # noqa: E402
 
 DEGREES = 16
@@ -88,7 +90,7 @@ class Rank:
 
     def __init__(self, layer: Layer, profile: Profile | None) -> None:
         self.layer, self.profile = layer, profile
-        self.chunk_s: dict[str, float] | None = None
+        self.times: dict[tuple[str, str], dict[str, BlockTimes]] = {}  # by codecs
         self.group = dist.distributed_c10d._get_default_group()
         generator = torch.Generator().manual_seed(dist.get_rank())
         d, f, e = layer.d_model, layer.d_expert, layer.experts
@@ -107,32 +109,16 @@ class Rank:
         self.gy = torch.randn(layer.tokens, d, generator=generator)
 
     def plan(self, options: moefx.Options) -> tuple[ParallelRegion, ParallelPlans]:
-        shares = {
-            phase: CODECS[name].wire_bytes(self.layer.d_model, torch.float32) / (4 * self.layer.d_model)
-            for phase, name in (("forward", options.codec), ("backward", options.backward_codec)) if name != "none"
-        }  # fmt: skip
-        wire = Wire(
-            self.group, self.layer.experts, exchange_of(options.all_to_all), exchange_of("direct"),
-            {phase: CODECS[name] for phase, name in (("forward", options.codec), ("backward", options.backward_codec))
-             if name != "none"},
-        )  # fmt: skip
-        region, held = self.layer.region(), self.held.region
-        if self.chunk_s is None and self.profile is not None:
-            measured = [chunk_seconds(region, held, self.params, wire, "torch", self.layer.tokens)]
-            dist.broadcast_object_list(measured)  # all ranks decide alike
-            self.chunk_s = measured[0]
-        sizes = self.layer.sizes(self.group.size())
-        plans = compile_parallel(region, held, options, sizes, self.profile, shares, chunk_s=self.chunk_s or {})
-        return ParallelRegion(self.layer.region(), self.held.region, plans, "torch", wire), plans
-
-    def measured_degrees(self) -> dict[str, int]:
-        """Of both phases, the degrees that `optimize` takes: the fastest of those around what the costs choose."""
-        chosen = [s.degree for s in self.plan(moefx.Options())[1].schedules]
-        most = self.layer.sizes(self.group.size()).capacity
-        around = sorted({r for degree in chosen for r in candidates(degree, most)})
-        regions = {r: self.plan(moefx.Options(degree=r))[0] for r in around}
-        seconds = measure(regions, self.params, set(self.params), self.layer.tokens, self.group)
-        return {"degree": fastest(seconds["forward"]), "backward_degree": fastest(seconds["backward"])}
+        """As `optimize` has them: a degree that is "auto" is measured, unless the options say no."""
+        coded = options.codec, options.backward_codec
+        codecs = {phase: CODECS[name] for phase, name in zip(("forward", "backward"), coded) if name != "none"}
+        wire = Wire(self.group, self.layer.experts, exchange_of(options.all_to_all), exchange_of("direct"), codecs)
+        region, held, tokens = self.layer.region(), self.held.region, self.layer.tokens
+        if coded not in self.times and self.profile is not None:
+            self.times[coded] = block_times(region, held, self.params, tokens, wire, "torch")
+        times = self.times.get(coded, {})
+        plans = plans_for(region, held, self.params, tokens, wire, replace(options, kernels="torch"), self.profile, times)
+        return ParallelRegion(region, held, plans, "torch", wire), plans
 
     def forward(self, region: ParallelRegion) -> Callable[[], Any]:
         tensors = [self.params[n] for n in region.binder.names]
@@ -198,18 +184,15 @@ def sweep_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> tuple[str,
     rows = []
     for layer in chosen:
         rank = Rank(layer, profile)
-        _, auto = rank.plan(moefx.Options())
+        auto, costs = (rank.plan(moefx.Options(measured=measured))[1].schedules[0].degree for measured in (True, False))
         degrees = [r for r in range(1, DEGREES + 1) if r <= layer.sizes(dist.get_world_size()).capacity]
         made = [rank.plan(moefx.Options(degree=r)) for r in degrees]
         seconds = in_turns([rank.forward(region) for region, _ in made], rounds)
-        around = candidates(auto.schedules[0].degree, degrees[-1])
-        regions = {r: region for r, (region, _) in zip(degrees, made) if r in around}
-        tried = measure(regions, rank.params, set(rank.params), layer.tokens, rank.group)["forward"]
         timelines = [plans.timelines[0] for _, plans in made]
         rows.append({
-            "layer": asdict(layer), "tried": tried, "costs": auto.schedules[0].degree, "chosen": fastest(tried),
-            "degrees": degrees, "seconds": seconds,
-            "predicted": [t.makespan_s if t else None for t in timelines], "chunk_s": rank.chunk_s,
+            "layer": asdict(layer), "costs": costs, "chosen": auto, "degrees": degrees, "seconds": seconds,
+            "predicted": [t.makespan_s if t else None for t in timelines],
+            "times": {phase: asdict(t) for phase, t in rank.times["none", "none"].items()},
         })  # fmt: skip
     return str(profile), rows
 
@@ -260,7 +243,7 @@ def gain_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> list[dict[s
     for layer in chosen:
         rank = Rank(layer, profile)
         one, _ = rank.plan(moefx.Options(degree=1))
-        best, plans = rank.plan(moefx.Options(**rank.measured_degrees()))
+        best, plans = rank.plan(moefx.Options())
         # What cannot overlap: the same work without any wire, and the exchanges alone.
         alone = rank.plan(moefx.Options(degree=1))[0]
         alone.wire = replace(alone.wire, all_to_all=AtOnce())

@@ -12,7 +12,7 @@
     model         training step of a few Qwen3-MoE layers against plain expert parallelism with grouped_mm
     edges         correctness where ranks have few tokens, or one has none
     symmetric     all-to-all on symmetric memory, if torch has it
-    nodes         pairs of GPUs as nodes, joined by links that are throttled by host copies (P >= 4)
+    nodes         pairs of GPUs as nodes, joined by links that are throttled by host copies: exchanges, layers (P >= 4)
 
 Times are medians of rounds in which everything that is compared has its turn, on the slowest rank. Tables come last; all
 numbers go to --out ($OUT, out/multi_gpu) as multi_gpu.json. Exit code 1 if a row of correctness fails or anything crashes.
@@ -157,8 +157,8 @@ class Result:
 
 
 def summary(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What issue 7 asks of the layers, in one line each."""
-    found = [row for row in rows.get("layers", ()) if "_seconds" in row]
+    """The goals of the layers, in one line each."""
+    found = [row for table in ("layers", "layers between nodes") for row in rows.get(table, ()) if "_seconds" in row]
     if not found:
         return []
     regrets = [row["_regret"] for row in found]

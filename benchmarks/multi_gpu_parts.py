@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,14 +48,17 @@ from multi_gpu import GRACE_S, GROUP_TIMEOUT_S, PARTS, Result, begun_rows  # noq
 import moefx  # noqa: E402
 from moefx import calibrate  # noqa: E402
 from moefx.block import Variant  # noqa: E402
-from moefx.build import compile_parallel, compile_region  # noqa: E402
-from moefx.costs import Sizes  # noqa: E402
+from moefx.build import compile_region  # noqa: E402
+from moefx.costs import BlockTimes  # noqa: E402
+from moefx.degrees import plans_for  # noqa: E402
 from moefx.errors import InputError  # noqa: E402
 from moefx.exchange import Wire, experts_of  # noqa: E402
+from moefx.holding import holding  # noqa: E402
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template  # noqa: E402
-from moefx.measured import AtOnce  # noqa: E402
-from moefx.parallel import ParallelRegion, chunk_seconds, expert_parameters, holding  # noqa: E402
-from moefx.profile import Profile, device_name, rate  # noqa: E402
+from moefx.measured import AtOnce, block_times  # noqa: E402
+from moefx.parallel import expert_parameters  # noqa: E402
+from moefx.parallel_region import ParallelRegion  # noqa: E402
+from moefx.profile import Line, Profile, device_name, rate  # noqa: E402
 
 
 class Bench:
@@ -256,7 +260,7 @@ class Spread:
         self.region = layer.region()
         self.held = holding(self.region, whole, bench.world, bench.rank)
         self.dtype = next(iter(params.values())).dtype
-        self.chunk_s: dict[str, float] | None = None
+        self.times: dict[int, dict[str, BlockTimes]] = {}  # by tokens
 
     def wire(self, options: Any) -> Any:
         named = {"forward": options.codec, "backward": options.backward_codec}
@@ -266,26 +270,11 @@ class Spread:
 
     def plan(self, options: Any, tokens: int) -> tuple[Any, tuple[Any, Any]]:
         """The region as these options have it, and the timelines that the cost model promises (None without a profile)."""
-        layer, wire, width = self.layer, self.wire(options), self.layer.d_model
-        shares = {p: wire.codecs[p].wire_bytes(width, self.dtype) / (width * self.dtype.itemsize) for p in wire.codecs}
-        if self.chunk_s is None and self.profile is not None:
-            bare, _ = Spread(self.bench, layer, self.params).plan(replace(options, degree=1, policy="fifo"), 16)
-            compile_kernels([bare], self.params, random_batch(self.bench, layer, 16, self.dtype))
-            measured = chunk_seconds(self.region, self.held.region, self.params, wire, "auto", max(TOKENS))
-            self.chunk_s = self.bench.share(measured)
-        sizes = Sizes(
-            max(1, tokens), layer.top_k, width, layer.d_expert, wire.most * wire.ranks, wire.ranks,
-            bytes_per_element=self.dtype.itemsize,
-        )  # fmt: skip
-        if options.capacity is not None:
-            factor = options.capacity * sizes.experts / (sizes.top_k * sizes.tokens)
-            sizes = replace(sizes, capacity_factor=factor)
-        profile = self.profile if options.timed else None
-        args = (self.region, self.held.region, options, sizes, profile, shares)
-        mine = compile_parallel(*args, chunk_s=self.chunk_s or {})
-        texts = self.bench.share([str(s) for s in mine.schedules])  # rank 0 decides
-        plans = compile_parallel(*args, tuple(texts), self.chunk_s or {})
-        return ParallelRegion(self.region, self.held.region, plans, "auto", wire), mine.timelines
+        wire, here = self.wire(options), (self.region, self.held.region, self.params, max(1, tokens))
+        if self.profile is not None and tokens not in self.times:
+            self.times[tokens] = block_times(*here, replace(wire, codecs={}), "auto")
+        plans = plans_for(*here, wire, options, self.profile, self.times.get(tokens, {}))
+        return ParallelRegion(self.region, self.held.region, plans, "auto", wire), plans.timelines
 
 
 @dataclass
@@ -601,6 +590,7 @@ def calibration(bench: Bench) -> None:
         profile = profile_of(bench)
         bench.log(f"\n{profile}")
         if bench.rank == 0:
+            bench.options.out.mkdir(parents=True, exist_ok=True)
             (bench.options.out / "profile.json").write_text(profile.dumps(), encoding="utf-8")
         return {kind: f"{1e6 * line.alpha_s:.0f} us + {rate(line)}" for kind, line in profile.lines.items()}
 
@@ -621,41 +611,46 @@ TOY_LAYERS, TOY_TOKENS = {"toy": Layer(64, 48, 8, 2)}, (128, 256)
 class Shape:
     """A layer of real width, made when it is first needed."""
 
-    def __init__(self, bench: Bench, layer: Layer) -> None:
-        self.bench, self.layer = bench, layer
+    def __init__(self, bench: Bench, layer: Layer, lines: Mapping[str, Line] = MappingProxyType({}), topology: Any = None) -> None:
+        self.bench, self.layer, self.lines, self.topology = bench, layer, lines, topology
 
     @cached_property
     def spread(self) -> Spread:
-        dtype = torch.float32 if self.bench.toy else torch.bfloat16
-        return Spread(self.bench, self.layer, own_weights(self.bench, self.layer, dtype), profile_of(self.bench))
+        dtype, profile = torch.float32 if self.bench.toy else torch.bfloat16, profile_of(self.bench)
+        profile = replace(profile, lines={**profile.lines, **self.lines})
+        return Spread(self.bench, self.layer, own_weights(self.bench, self.layer, dtype), profile, self.topology)
 
 
-def layer_row(bench: Bench, shape: Shape, tokens: int) -> dict[str, Any]:
-    """Times of one layer at one size: every degree, `auto`, and without a wire."""
-    spread = shape.spread
+def layer_row(bench: Bench, shape: Shape, tokens: int, all_to_all: str = "direct") -> dict[str, Any]:
+    """Times of one layer at one size: every degree, `auto` as `optimize` has it, what the costs alone choose, and no wire."""
+    spread, reserve = shape.spread, bench.options.reserve
     degrees, rounds = ((1, 2), 2) if bench.toy else (bench.options.degrees, bench.options.rounds)
     batch = random_batch(bench, spread.layer, tokens, spread.dtype)
-    variants = {f"r={r}": moefx.Options(degree=r) for r in degrees} | {"auto": moefx.Options()}
+    variants = {f"r={r}": moefx.Options(degree=r, all_to_all=all_to_all) for r in degrees}
+    variants |= {"auto": moefx.Options(all_to_all=all_to_all), "costs": moefx.Options(all_to_all=all_to_all, measured=False)}
     plans = {name: spread.plan(options, tokens) for name, options in variants.items()}
-    alone, _ = spread.plan(moefx.Options(degree=1), tokens)
+    alone, _ = spread.plan(variants["r=1"], tokens)
     alone.wire = replace(alone.wire, all_to_all=AtOnce())
-    compile_kernels([region for region, _ in plans.values()], spread.params, batch, bench.options.reserve)
-    works = {name: step(region, spread.params, batch, bench.options.reserve) for name, (region, _) in plans.items()}
-    seconds = bench.in_turns({**works, "no wire": step(alone, spread.params, batch)}, rounds)
+    same = {n: next(m for m, (other, _) in plans.items() if other.schedules == mine.schedules) for n, (mine, _) in plans.items()}
+    distinct = {name: plans[name][0] for name in same.values()}  # in one order on all ranks: they exchange rows
+    compile_kernels(distinct.values(), spread.params, batch, reserve)
+    works = {name: step(region, spread.params, batch, reserve) for name, region in distinct.items()}
+    timed = bench.in_turns({**works, "no wire": step(alone, spread.params, batch)}, rounds)
+    compute, seconds = timed["no wire"], {name: timed[as_name] for name, as_name in same.items()}
     predicted = {n: sum(t.makespan_s for t in timelines) for n, (_, timelines) in plans.items() if all(timelines)}
-    compute = seconds.pop("no wire")
-    wire = seconds["r=1"] - compute
     best = min(seconds, key=lambda n: seconds[n])
-    regret = seconds["auto"] / seconds[best] - 1
-    gain, could = seconds["r=1"] - seconds["auto"], min(wire, compute)
-    ms = {n: f"{1e3 * s:.2f}" for n, s in seconds.items()}
+    regret = {name: seconds[name] / seconds[best] - 1 for name in ("auto", "costs")}
+    gain, could = seconds["r=1"] - seconds["auto"], min(seconds["r=1"] - compute, compute)
+    chunk = sum(t.chunk_s for t in spread.times[tokens].values())
     return {
-        "no wire ms": f"{1e3 * compute:.2f}", **{f"{n} ms": text for n, text in ms.items()},
-        "chosen": "/".join(map(str, plans["auto"][0].degrees)), "best": best, "regret": f"{100 * regret:.1f} %",
-        "r=1 / auto": f"{seconds['r=1'] / seconds['auto']:.2f}",
-        "hidden": f"{100 * gain / could:.0f} %" if could > 0 else "-",
+        "no wire ms": f"{1e3 * compute:.2f}", "a chunk more ms": f"{1e3 * chunk:.2f}",
+        **{f"{n} ms": f"{1e3 * s:.2f}" for n, s in seconds.items() if n != "costs"},
+        "chosen": "/".join(map(str, plans["auto"][0].degrees)), "best": best, "regret": f"{100 * regret['auto']:.1f} %",
+        "r=1 / auto": f"{seconds['r=1'] / seconds['auto']:.2f}", "hidden": f"{100 * gain / could:.0f} %" if could > 0 else "-",
         "predicted": f"{1e3 * predicted['auto']:.2f} ({100 * (predicted['auto'] / seconds['auto'] - 1):+.0f} %)",
-        "_seconds": seconds, "_compute": compute, "_predicted": predicted, "_regret": regret, "_chunk_s": spread.chunk_s,
+        "costs alone": f"{'/'.join(map(str, plans['costs'][0].degrees))}, regret {100 * regret['costs']:.1f} %",
+        "_seconds": seconds, "_compute": compute, "_predicted": predicted, "_regret": regret["auto"],
+        "_times": {phase: asdict(t) for phase, t in spread.times[tokens].items()},
     }  # fmt: skip
 
 
@@ -960,6 +955,9 @@ def model(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------ symmetric memory
 
 
+MOST_SYMMETRIC = 15  # experts of a rank that `all_to_all_vdev_2d` can handle, in torch 2.11
+
+
 def why_not_symmetric(bench: Bench) -> str:
     """What an all-to-all on symmetric memory lacks here; "" if nothing."""
     if not bench.cuda:
@@ -1025,10 +1023,10 @@ def symmetric(bench: Bench) -> None:
     if reason := why_not_symmetric(bench):
         bench.row("symmetric", "all_to_all_vdev_2d", lambda: {"result": f"not available: {reason}"})
         return
-    layer = LAYERS["qwen3-30b-a3b"]
-    if layer.experts % bench.world:
-        uneven = {"result": f"skipped: {layer.experts} experts on {bench.world} ranks are uneven"}
-        bench.row("symmetric", "all_to_all_vdev_2d", lambda: uneven)
+    layer = NODE_LAYERS["phi-3.5-moe"]
+    if layer.experts % bench.world or layer.experts // bench.world > MOST_SYMMETRIC:
+        why = {"result": f"skipped: {layer.experts} experts on {bench.world} ranks; it takes up to {MOST_SYMMETRIC} a rank, evenly"}
+        bench.row("symmetric", "all_to_all_vdev_2d", lambda: why)
         return
     for tokens in (4096, 16384):
         name = f"all_to_all_vdev_2d, dispatch of {layer}, T={tokens}"
@@ -1129,6 +1127,13 @@ def exchange_row(bench: Bench, topology: Topology, mebibytes: float) -> dict[str
     return bench.judged("nodes", f"{mebibytes} MiB", cells, passed)
 
 
+NODE_LAYERS = {
+    "phi-3.5-moe": Layer(4096, 6400, 16, 2), "mixtral": LAYERS["mixtral"],
+    "deepseek-v3, 64 experts": LAYERS["deepseek-v3, 64 experts"],
+}  # fmt: skip
+NODE_TOKENS = (4096, 16384, 32768)
+
+
 def nodes(bench: Bench) -> None:
     if bench.world < 4 or bench.world % 2:
         skipped = {"result": f"skipped: needs 4, 6 or 8 ranks, there are {bench.world}"}
@@ -1137,9 +1142,21 @@ def nodes(bench: Bench) -> None:
     for name, make in (("throttled_pipe", Throttled), ("throttled_one_by_one", OneByOne)):
         moefx.register_all_to_all(name, make)
     topology = Topology(tuple(rank // 2 for rank in range(bench.world)))
-    for mebibytes in (0.01, 0.1) if bench.toy else (1, 4, 16, 64):
+    samples: list[calibrate.Sample] = []
+    for mebibytes in (0.01, 0.1, 1) if bench.toy else (1, 4, 16, 64):
         row = partial(exchange_row, bench, topology, mebibytes)
-        bench.row("nodes", f"EMULATED links, {bench.world // 2} nodes of 2, {mebibytes} MiB a pair", row, reserve_s=5)
+        cells = bench.row("nodes", f"EMULATED links, {bench.world // 2} nodes of 2, {mebibytes} MiB a pair", row, reserve_s=5)
+        if "_seconds" in cells:
+            samples.append(calibrate.Sample(mebibytes * 2**20 * (bench.world - 1), (cells["_seconds"]["throttled_pipe"],)))
+    if len(samples) < 3:
+        return  # no line without them
+    line = {"all_to_all:throttled_pipe": calibrate.line_of(samples, "wire_bytes")}
+    shapes, sizes = (TOY_LAYERS, TOY_TOKENS) if bench.toy else (NODE_LAYERS, NODE_TOKENS)
+    for name, layer in shapes.items():
+        shape = Shape(bench, layer, line, topology)
+        for tokens in sizes:
+            row = partial(layer_row, bench, shape, tokens, "throttled_pipe")
+            bench.row("layers between nodes", f"EMULATED links, {name} ({layer}) T={tokens}", row, reserve_s=15)
 
 
 def work(options: argparse.Namespace) -> int:

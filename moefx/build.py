@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, MappingProxyType
 from typing import Any, Literal
 
 from moefx.codegen.emit import emit
 from moefx.compiled import CompiledRegion, Emitted
-from moefx.costs import Sizes, price
-from moefx.ir import NO_CHUNK, Plan, Region, Schedule, Task, TaskGraph
+from moefx.costs import BlockTimes, Sizes, price, price_block
+from moefx.ir import Plan, Region, Schedule, TaskGraph
 from moefx.options import Options
 from moefx.passes.lower import lower
 from moefx.passes.lower_parallel import lower_parallel
@@ -22,7 +22,7 @@ from moefx.passes.schedule import choose, schedule
 from moefx.passes.simplify import simplify
 from moefx.profile import Profile
 from moefx.region_op import register
-from moefx.simulate import COMPUTE, Host, Timeline, simulate
+from moefx.simulate import Timeline, simulate
 
 PHASES: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
 MOST_CHUNKS = 64  # "auto" looks at degrees up to here
@@ -44,7 +44,7 @@ def compile_region(region: Region, degree: int = 1, kernels: str = "auto", polic
 class ParallelPlans:
     """Both phases of a region whose experts are spread over ranks, and the timelines that decided, where there are times.
 
-    measured: by phase, what the degrees took that ran in turns, as text; empty where none did.
+    measured: what the degrees took that ran in turns, as text; empty where none did.
     """
 
     graphs: tuple[TaskGraph, TaskGraph]
@@ -52,7 +52,7 @@ class ParallelPlans:
     plans: tuple[Plan, Plan]
     emitted: Emitted
     timelines: tuple[Timeline | None, Timeline | None]
-    measured: tuple[str, ...] = ("", "")
+    measured: tuple[str, ...] = ()
 
 
 def compile_parallel(
@@ -63,17 +63,13 @@ def compile_parallel(
     profile: Profile | None,
     wire_shares: Mapping[str, float],
     decided: Sequence[str] = (),
-    chunk_s: Mapping[str, float] = MappingProxyType({}),
+    times: Mapping[str, BlockTimes] = MappingProxyType({}),
 ) -> ParallelPlans:
     """partition -> schedule -> lower -> emit -> load for a simplified region on ranks, of which this one holds `local`.
 
     sizes, profile: what a degree or an order that `options` leave open is chosen by. wire_shares: by phase, the bytes of an
     encoded row per byte of a row; no entry, no codec. decided: the texts of the schedules, where another rank has chosen.
-    chunk_s: by phase, seconds that one more chunk costs however few rows it has, beyond what the profile knows; as "exchange"
-    those of an exchange of next to nothing, which no exchange is faster than; as "compute forward" and so on, where it was
-    measured, what all tasks but the exchanges take in one chunk, which the profile then only divides among them; and where a
-    host launches what a device runs, as "host forward" those that it needs for the launches of one more chunk, as "host
-    forward once" for the others.
+    times: by phase, what was measured of this block.
     """
     chosen = []
     for i in (0, 1):
@@ -83,10 +79,7 @@ def compile_parallel(
         priced = replace(sizes, wire_share=wire_shares.get(phase, 1.0), codec=codec if phase in wire_shares else "")
         priced = replace(priced, all_to_all=options.all_to_all)
         given = Schedule.parse(decided[i]) if decided else None
-        least = chunk_s.get(phase, 0.0), chunk_s.get("exchange", 0.0)
-        host = Host(chunk_s.get(f"host {phase} once", 0.0), chunk_s.get(f"host {phase}", 0.0))
-        compute_s = chunk_s.get(f"compute {phase}")
-        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, *least, compute_s, host))
+        chosen.append(_choose(phase, layout, options, options.degrees[i], priced, profile, given, times.get(phase)))
     graphs, schedules, timelines = (tuple(column) for column in zip(*chosen))
     degree = schedules[0].degree
     forward, backward = (
@@ -105,63 +98,28 @@ def _choose(
     sizes: Sizes,
     profile: Profile | None,
     given: Schedule | None,
-    chunk_s: float,
-    exchange_s: float,
-    compute_s: float | None,
-    host: Host,
+    times: BlockTimes | None,
 ) -> tuple[TaskGraph, Schedule, Timeline | None]:
     """The graph, its order, and what it costs."""
-    parts: dict[str, float] = {}  # of what one chunk computes, by kind of task
-    if profile is not None and compute_s is not None:
-        whole = price(expert_parallel(1, phase, layout), sizes, profile)
-        by_kind = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource == COMPUTE}
-        parts = {kind: s / sum(by_kind.values()) for kind, s in by_kind.items()}
 
     def build(r: int) -> TaskGraph:
         graph = expert_parallel(r, phase, layout)
         if profile is None or r > sizes.capacity:
             return graph
         graph = price(graph, sizes, profile)
-        share = chunk_s / max(1, sum(t.resource == COMPUTE and t.chunk == 0 for t in graph.tasks))
-        if compute_s is not None:  # one chunk's share is in it
-            share *= (r - 1) / r
+        return graph if times is None else price_block(graph, price(expert_parallel(1, phase, layout), sizes, profile), times)
 
-        def seconds(task: Task) -> float:
-            known = graph.seconds[task.name]
-            if task.resource != COMPUTE:
-                return max(known, exchange_s)
-            if compute_s is not None:
-                known = compute_s * parts[task.kind] / (1 if task.chunk == NO_CHUNK else r)
-            return known + share
-
-        return graph.timed(seconds)
-
-    if given is not None:
-        graph = build(given.degree)
-        check_schedule(given, graph)
-        return graph, given, None
-    if degree == "auto":
+    if given is None and degree == "auto":
         choice = choose(build, min(sizes.capacity, MOST_CHUNKS), options.policy)
-        least = min(r for r, s in choice.tried_s.items() if s <= (1 + NOT_WORTH_A_CHUNK) * choice.makespan_s)
-        degree = launchable(build, least, options.policy, host)
+        degree = min(r for r, s in choice.tried_s.items() if s <= (1 + NOT_WORTH_A_CHUNK) * choice.makespan_s)
         if degree == choice.degree:
-            return choice.timeline.graph, choice.schedule, simulate(choice.timeline.graph, choice.schedule, host)
-    graph = build(degree)
-    timed = profile is not None and degree <= sizes.capacity
-    order = schedule(graph, options.policy if timed or not options.timed else "fifo")
-    return graph, order, simulate(graph, order, host) if timed else None
-
-
-def launchable(build: Callable[[int], TaskGraph], degree: int, policy: str, host: Host) -> int:
-    """The best degree up to `degree`, which would be the best if launching took no time."""
-    if not host.chunk_s:
-        return degree
-    tried: dict[int, float] = {}
-    for r in sorted({r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, degree) if r <= degree}):
-        if r == 1 or host.once_s + r * host.chunk_s < min(tried.values()):  # no plan ends before it is launched
-            graph = build(r)
-            tried[r] = simulate(graph, schedule(graph, policy), host).makespan_s
-    return min(r for r, s in tried.items() if s <= (1 + NOT_WORTH_A_CHUNK) * min(tried.values()))
+            return choice.timeline.graph, choice.schedule, choice.timeline
+    graph = build(given.degree if given is not None else degree)  # type: ignore[arg-type]  # a number by now
+    timed = profile is not None and graph.degree <= sizes.capacity
+    if given is not None:
+        check_schedule(given, graph)
+    order = given or schedule(graph, options.policy if timed or not options.timed else "fifo")
+    return graph, order, simulate(graph, order) if timed else None
 
 
 def load(source: str) -> Emitted:

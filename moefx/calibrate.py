@@ -156,7 +156,7 @@ def seconds_of(work: Callable[[], Any], device: str, repeat: int) -> float:
     """Seconds of one call, as the mean of `repeat`: by events on CUDA, by the clock on the CPU.
 
     On CUDA the device is given something else to do first, until the host is that far ahead: else short work would last as
-    long as its launch, which `moefx.parallel.chunk_seconds` measures apart.
+    long as its launch, which `moefx.measured.block_times` sees.
     """
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -67,9 +67,9 @@ class CompiledRegion:
         self._check(x, ids, w, params)
         tensors = [params[name] for name in self.binder.names]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *tensors)):
-            y: Tensor = _RegionFunction.apply(self, _autocast_dtype(x.device.type), x, ids, w, *tensors)  # type: ignore[no-untyped-call]
+            y: Tensor = _RegionFunction.apply(self, autocast_dtype(x.device.type), x, ids, w, *tensors)  # type: ignore[no-untyped-call]
             return y
-        return self.run_forward(x, ids, w, tensors, _autocast_dtype(x.device.type), keep=False)[0]
+        return self.run_forward(x, ids, w, tensors, autocast_dtype(x.device.type), keep=False)[0]
 
     def precompile(
         self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor], rounds: Sequence[Sequence[str]]
@@ -83,7 +83,7 @@ class CompiledRegion:
             return
         self._check(x, ids, w, params)
         tensors = [params[name] for name in self.binder.names]
-        dtype = _autocast_dtype(x.device.type)
+        dtype = autocast_dtype(x.device.type)
         with compiling():
             self.run_forward(x, ids, w, tensors, dtype, keep=False)
             y, saved = self.run_forward(x, ids, w, tensors, dtype)
@@ -189,7 +189,7 @@ class CompiledRegion:
         return self._kernels
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 

@@ -22,8 +22,9 @@ from typing import Any
 import sympy
 
 from moefx.errors import InputError
-from moefx.ir import TaskGraph
+from moefx.ir import NO_CHUNK, Task, TaskGraph
 from moefx.profile import PLUG_INS, Profile
+from moefx.simulate import COMPUTE
 
 T, K, D, F, E, P, b, f, r, m, c, G, S, g, s, A = LETTERS = sympy.symbols(
     "T K D F E P b f r m c G S g s A", positive=True
@@ -221,3 +222,35 @@ def price(graph: TaskGraph, sizes: Sizes, profile: Profile) -> TaskGraph:
     """The graph with the time of every task on this profile."""
     by_kind = {kind: seconds(kind, sizes, graph.degree, profile) for kind in {t.kind for t in graph.tasks}}
     return graph.timed(lambda task: by_kind[task.kind])
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """What a phase of one block takes where it runs, beside what a profile knows of its tasks (`moefx.measured.block_times`).
+
+    compute_s: all that is no exchange, in one chunk. chunk_s: what each further chunk adds to that. exchange_s: an exchange of
+    next to nothing, which no exchange is faster than.
+    """
+
+    compute_s: float
+    chunk_s: float = 0.0
+    exchange_s: float = 0.0
+
+
+def price_block(graph: TaskGraph, whole: TaskGraph, times: BlockTimes) -> TaskGraph:
+    """A priced graph with what was measured of its block: prices only divide what is computed among the tasks.
+
+    whole: the same graph in one chunk, priced.
+    """
+    computed = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource == COMPUTE}
+    all_s = sum(computed.values())
+
+    def seconds_of(task: Task) -> float:
+        if task.resource != COMPUTE:
+            return max(graph.seconds[task.name], times.exchange_s)
+        share = computed[task.kind] / all_s
+        if task.chunk == NO_CHUNK:
+            return share * times.compute_s
+        return share * (times.compute_s + (graph.degree - 1) * times.chunk_s) / graph.degree
+
+    return graph.timed(seconds_of)

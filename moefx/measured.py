@@ -1,27 +1,34 @@
-"""Which of a few pipeline degrees is fastest on the ranks of a group: measured, where the cost model only promises.
+"""What the plans of one block take on the ranks of a group: measured, where the cost model only promises.
 
-The model ranks degrees by lines that were fitted one kind of work at a time. What runs beside an exchange may slow it, and be
-slowed by it; that is seen only in the whole plan. So with degree "auto" the degrees around the one that the model chose run a
-few times on the real parameters, with rows that are spread evenly.
+The model ranks degrees by lines that were fitted one kind of work at a time. What a layer computes besides products, what a
+chunk more costs it, and what runs slower beside an exchange, is seen only in plans that run. They run here on the real
+parameters, with rows that are spread evenly.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefx.build import NOT_WORTH_A_CHUNK, PHASES
-from moefx.compiled import CompiledRegion
+from moefx.build import PHASES, compile_parallel
+from moefx.costs import BlockTimes, Sizes
+from moefx.exchange import Wire, experts_of
+from moefx.ir import Region
+from moefx.options import Options
+from moefx.parallel_region import ParallelRegion
+
+Name = TypeVar("Name", bound=Hashable)
 
 ROUNDS = 5  # measured, after one that is not
+MANY = 4  # chunks of the plan that shows what a chunk adds
 
 
 class AtOnce:
@@ -45,48 +52,66 @@ class Arrived:
         return self.rows
 
 
-def candidates(chosen: int, capacity: int) -> list[int]:
-    """The degrees to measure: r = 1, 2, 3, 4, 8, the chosen one, half and twice of it, as far as there are rows for them."""
-    return sorted({r for r in (1, 2, 3, 4, 8, chosen, chosen // 2, 2 * chosen) if 1 <= r <= max(1, capacity)})
+def block_times(
+    region: Region, local: Region, params: Mapping[str, Tensor], tokens: int, wire: Wire, kernels: str
+) -> dict[str, BlockTimes]:
+    """By phase, what a block takes in one chunk and in MANY whose exchanges take no time; codecs are part of it.
 
-
-def fastest(seconds: Mapping[int, float]) -> int:
-    """The least degree that is not worth exchanging for a faster one."""
-    least = min(seconds.values())
-    return min(r for r, s in seconds.items() if s <= (1 + NOT_WORTH_A_CHUNK) * least)
+    local: this rank's experts, with their parameters by name. All ranks call it, each with its tokens.
+    """
+    wire = replace(wire, capacity=None)
+    sizes = Sizes(tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
+    regions = {}
+    for degree in (1, MANY):
+        plans = compile_parallel(region, local, Options(degree=degree, policy="fifo"), sizes, None, dict.fromkeys(wire.codecs, 1.0))
+        regions[degree] = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=AtOnce()))
+    device = next(iter(params.values())).device
+    rows, counts = torch.zeros(wire.ranks, region.d_model, device=device), [1] * wire.ranks
+    exchange = lambda: wire.all_to_all.start(rows, counts, counts).wait()  # noqa: E731
+    exchanges = [_timed(exchange, device, wire.group)[0] for _ in range(ROUNDS + 1)]
+    least = _slowest({1: statistics.median(exchanges[1:])}, device, wire.group)[1]
+    seconds = measure(regions, params, set(params), tokens, wire.group)
+    chunk = {phase: max(0.0, of[MANY] - of[1]) / (MANY - 1) for phase, of in seconds.items()}
+    return {phase: BlockTimes(of[1], chunk[phase], least) for phase, of in seconds.items()}
 
 
 def measure(
-    regions: Mapping[int, CompiledRegion],
+    regions: Mapping[Name, ParallelRegion],
     params: Mapping[str, Tensor],
     trained: Collection[str],
     tokens: int,
     group: dist.ProcessGroup,
-) -> dict[str, dict[int, float]]:
-    """By phase, seconds of each region, by its degree: medians of the slowest rank, all of them in turns. All ranks call it.
+) -> dict[str, dict[Name, float]]:
+    """By phase, seconds of each region, by its name: medians of the slowest rank, all of them in turns. All ranks call it.
 
-    params: this rank's, by name. trained: those whose gradients are wanted. tokens: of this rank.
+    params: this rank's, by name. trained: those whose gradients are wanted. tokens: of this rank. No capacity: rows that are
+    spread evenly overflow nothing.
     """
-    region = next(iter(regions.values())).region
-    parameter = next(iter(params.values()))
+    some = next(iter(regions.values()))
+    region, parameter = some.region, next(iter(params.values()))
     device, dtype = parameter.device, parameter.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, region.d_model, generator=generator).to(device, dtype)
     gy = torch.randn(tokens, region.d_out, generator=generator).to(device, dtype)
     ids = (torch.arange(tokens, device=device)[:, None] + torch.arange(region.top_k, device=device)) % region.experts
     w = torch.full(ids.shape, 1 / region.top_k, dtype=dtype, device=device)
-    seconds: dict[str, dict[int, list[float]]] = {phase: {r: [] for r in regions} for phase in PHASES}
+    if experts_of(region.experts, group.size(), group.size() - 1):  # else a rank has nothing to compile, and others wait for it
+        for compiled in regions.values():
+            names = compiled.binder.names
+            compiled.precompile(x, ids, w, {n: params[n].detach() for n in names}, [[n for n in names if n in trained]])
+    seconds: dict[str, dict[Name, list[float]]] = {phase: {name: [] for name in regions} for phase in PHASES}
     for turn in range(ROUNDS + 1):
-        for r, compiled in regions.items():
-            tensors = [params[name].detach() for name in compiled.binder.names]
-            wanted = [name in trained for name in compiled.binder.names]
+        for name, compiled in regions.items():
+            tensors = [params[n].detach() for n in compiled.binder.names]
+            wanted = [n in trained for n in compiled.binder.names]
             forward_s, (_, saved) = _timed(partial(compiled.run_forward, x, ids, w, tensors, None), device, group)
             backward = partial(compiled.run_backward, saved, gy, tensors, wanted, True, None)
             backward_s, _ = _timed(backward, device, group)
             if turn:
-                seconds["forward"][r].append(forward_s)
-                seconds["backward"][r].append(backward_s)
-    return {phase: _slowest({r: statistics.median(runs) for r, runs in of.items()}, device, group) for phase, of in seconds.items()}
+                seconds["forward"][name].append(forward_s)
+                seconds["backward"][name].append(backward_s)
+    medians = {phase: {name: statistics.median(runs) for name, runs in of.items()} for phase, of in seconds.items()}
+    return {phase: _slowest(of, device, group) for phase, of in medians.items()}
 
 
 def _timed(run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup) -> tuple[float, Any]:
@@ -103,8 +128,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _slowest(seconds: Mapping[int, float], device: torch.device, group: dist.ProcessGroup) -> dict[int, float]:
+def _slowest(seconds: Mapping[Name, float], device: torch.device, group: dist.ProcessGroup) -> dict[Name, float]:
     values = torch.tensor(list(seconds.values()), device=device, dtype=torch.float32)
     dist.all_reduce(values, dist.ReduceOp.MAX, group)
     return dict(zip(seconds, values.tolist()))
-

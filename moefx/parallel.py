@@ -17,12 +17,10 @@ import contextlib
 import hashlib
 import logging
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,207 +30,25 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
 import moefx
-from moefx import calibrate, measured, probe, verify
-from moefx.begun import Begun, BegunBackward, Steps, first_part, second_part
+from moefx import calibrate, probe, verify
 from moefx.block import RewrittenForward, Variant, rewritten
-from moefx.build import PHASES, ParallelPlans, compile_parallel
+from moefx.build import ParallelPlans
 from moefx.codegen.all_to_all import ALL_TO_ALLS, Topology, make_all_to_all
 from moefx.codegen.codecs import CODECS, codec_for
-from moefx.compiled import CompiledRegion, Saved, _autocast_dtype
-from moefx.costs import Sizes
+from moefx.degrees import plans_for
 from moefx.errors import Decline, InputError
-from moefx.exchange import Counted, Padded, Wire, experts_of
-from moefx.ir import Leaf, Region
-from moefx.leaves import LeafBinder, LeafGradients
+from moefx.exchange import Wire, experts_of
+from moefx.holding import Holding, holding
+from moefx.ir import Region
 from moefx.options import Options
+from moefx.parallel_region import ParallelRegion
 from moefx.passes.beside import beside
 from moefx.profile import Profile, cache_path, device_name
 from moefx.report import FoundBlock, Report
-from moefx.runtime import Runtime, ops_for
 
 log = logging.getLogger(__name__)
 
-Degrees = tuple[int, int]
-MANY = 8  # chunks of a plan that shows what a chunk costs
-MOST_TOKENS = 8192  # of a plan that shows what launching a chunk costs
-
-
-# ------------------------------------------------------------------------------------------------ what a rank holds
-
-
-@dataclass(frozen=True)
-class Holding:
-    """What a rank holds of a region: stacked parameters to cut on dim 0, parameters that are others' own, and those that all
-    experts share, of which every rank has a copy."""
-
-    region: Region
-    stacked: tuple[str, ...]
-    elsewhere: tuple[str, ...]
-    shared: tuple[str, ...]
-
-    @property
-    def own(self) -> frozenset[str]:
-        """The parameters of which this rank alone has a part, empty where it holds no experts."""
-        here = {n for leaf in self.region.leaves for n in leaf.params if n not in self.shared}
-        return frozenset(here.union(self.stacked))
-
-
-@dataclass(frozen=True)
-class Absent(Leaf):
-    """A leaf on a rank without experts, of what dtype and device they are elsewhere. part: the parameter, if it is here, cut
-    to nothing or shared. trained: elsewhere, so that all ranks have a backward to run."""
-
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
-    part: str = ""
-    trained: bool = False
-
-
-class NoExperts(LeafBinder):
-    """Leaves of no expert, [0, ...], so that a rank without experts runs the plan of all. Gradients of what it has are zero."""
-
-    def __init__(self, leaves: tuple[Leaf, ...]) -> None:
-        self.leaves, self.groups, self.loose = leaves, (), ()
-        self.absent = [leaf for leaf in leaves if isinstance(leaf, Absent)]
-        self.names = tuple(dict.fromkeys(leaf.part for leaf in self.absent if leaf.part))
-
-    def bind(self, params: dict[str, Tensor], may_pack: bool = True) -> tuple[list[Tensor], list[str]]:
-        here = [params[leaf.part] if leaf.part else leaf for leaf in self.absent]  # they move with the model
-        sizes = [(0, *(leaf.shape or (1,))) for leaf in self.absent]
-        return [torch.empty(size, dtype=at.dtype, device=at.device) for size, at in zip(sizes, here)], []
-
-    def gradients(self, params: dict[str, Tensor], wanted: set[str]) -> LeafGradients:
-        result = LeafGradients([None] * len(self.leaves), [], [])
-        for name in self.names:
-            if name in wanted:
-                result.blocks.append(((name,), torch.zeros_like(params[name]).unsqueeze(0)))
-        return result
-
-
-def holding(region: Region, params: Mapping[str, Tensor], ranks: int, rank: int) -> Holding:
-    """This rank's experts as a region of their own (K = 1, without weights). InputError where they cannot be spread."""
-    experts = region.experts
-    held = experts_of(experts, ranks, rank)
-    stacked, elsewhere, shared, leaves = dict[str, None](), dict[str, None](), dict[str, None](), list[Leaf]()
-    for i, leaf in enumerate(region.leaves):
-        name, here, offsets = leaf.params[0], range(held.start, held.stop), leaf.offsets
-        if leaf.shared:
-            shared[name] = None
-            here = range(len(held))
-        elif leaf.stacked:
-            step = _expert_size(i, leaf, params[name], ranks)
-            stacked[name] = None
-            offsets = tuple(offset - held.start * step for offset in offsets)
-        else:
-            elsewhere.update(dict.fromkeys(leaf.params[e] for e in range(experts) if e not in held))
-        local = replace(leaf, params=tuple(leaf.params[e] for e in here), offsets=tuple(offsets[e] for e in here))
-        if not held:
-            at, part = params[name], name if leaf.shared or leaf.stacked else ""
-            local = Absent(leaf.shape, leaf.strides, (), (), leaf.read_as, at.dtype, at.device, part, at.requires_grad)
-        leaves.append(local)
-    if tied := [name for leaf in leaves for name in leaf.params if name in elsewhere]:
-        raise InputError(f"experts of several ranks use the parameter {tied[0]}: it cannot be spread")
-    local_region = replace(
-        region, experts=len(held), top_k=1, leaves=tuple(leaves), weight_position="none", identity=False
-    )  # fmt: skip
-    return Holding(local_region, tuple(stacked), tuple(elsewhere), tuple(shared))
-
-
-def _expert_size(i: int, leaf: Leaf, param: Tensor, ranks: int) -> int:
-    """Elements of one expert in a parameter that stacks them on dim 0. InputError where its pieces are not whole experts."""
-    experts, name = leaf.experts, leaf.params[0]
-    step = param.numel() // experts
-    reach = sum(s * (n - 1) for s, n in zip(leaf.strides, leaf.shape))
-    apart = all(e * step <= o and o + reach < (e + 1) * step for e, o in enumerate(leaf.offsets))
-    rows = param.shape[0] // experts if param.dim() else 0
-    whole = rows and param.shape[0] % experts == 0 and -(-param.shape[0] // ranks) == rows * -(-experts // ranks)
-    if not (apart and whole and min(leaf.strides, default=1) > 0):
-        raise InputError(
-            f"leaf{i} of {name} {tuple(param.shape)}: its {experts} experts do not lie one behind the other on dim 0 in a way "
-            f"that {ranks} equal pieces would be whole experts"
-        )
-    return step
-
-
-# ------------------------------------------------------------------------------------------------ a region that runs
-
-
-class ParallelRegion(CompiledRegion):
-    """A region whose experts are spread over ranks: `compiled(x, ids, w, params) -> y`, called by all of them together."""
-
-    def __init__(self, region: Region, local: Region, plans: ParallelPlans, kernels: str, wire: Wire) -> None:
-        super().__init__(region, plans.graphs, plans.schedules, plans.plans, plans.emitted, kernels)
-        self.held, self.wire, self.measured = local, wire, plans.measured
-        self.binder = LeafBinder(local.leaves) if local.experts else NoExperts(local.leaves)
-        if not local.experts:
-            self.kernels = "torch"  # nothing to compute
-
-    @property
-    def degrees(self) -> Degrees:
-        return self.plans[0].degree, self.plans[1].degree
-
-    def __call__(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-        return self.begin(x, ids, w, params).end()
-
-    def begin(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> Begun:
-        """Sends what is to be sent first; `end` of the result gives y."""
-        local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in params.items()}
-        if torch.is_grad_enabled() and any(isinstance(leaf, Absent) and leaf.trained for leaf in self.held.leaves):
-            w = w if w.requires_grad else w.detach().requires_grad_()  # not x: its gradients travel, or not, on all ranks
-        self._check(x, ids, w, local)
-        return Begun(self, x, ids, w, [local[name] for name in self.binder.names], _autocast_dtype(x.device.type))
-
-    def begin_forward(
-        self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None, keep: bool = True,
-        may_pack: bool = True,
-    ) -> Steps:  # fmt: skip
-        """`run_forward` up to where the caller's code may run."""
-        leaves = self._bind(tensors, matrix_dtype, may_pack)
-        steps: Any = self.emitted.forward(self._runtime(x.device, "forward", keep), x, ids, w, leaves)
-        return first_part(steps, x.device.type)
-
-    def run_forward(
-        self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None, keep: bool = True,
-        may_pack: bool = True,
-    ) -> tuple[Tensor, Saved]:  # fmt: skip
-        result: tuple[Tensor, Saved]
-        result = second_part(self.begin_forward(x, ids, w, tensors, matrix_dtype, keep, may_pack), x.device.type)
-        return result
-
-    def begin_backward(
-        self, saved: Saved, gy: Tensor, tensors: list[Tensor], wanted: list[bool], need_x: bool,
-        matrix_dtype: torch.dtype | None, may_pack: bool = True,
-    ) -> tuple[Steps, LeafGradients]:  # fmt: skip
-        """`backward_blocks` up to where other nodes may run, and the gradients that it fills."""
-        named = dict(zip(self.binder.names, tensors))
-        leaves = self._bind(tensors, matrix_dtype, may_pack)
-        grads = self.binder.gradients(named, {name for name, want in zip(named, wanted) if want})
-        steps: Any = self.emitted.backward(self._runtime(gy.device, "backward"), saved, gy, leaves, grads.leaves, need_x)
-        return first_part(steps, gy.device.type), grads
-
-    def end_backward(
-        self, begun: BegunBackward, wanted: list[bool], device_type: str
-    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-        """What `run_backward` gives."""
-        gx, gw = second_part(begun.steps, device_type)
-        with torch.no_grad():
-            by_name = begun.leaves.finish()
-        return gx, gw, [by_name[name] if want else None for name, want in zip(self.binder.names, wanted)]
-
-    def run_backward(
-        self, saved: Saved, gy: Tensor, tensors: list[Tensor], wanted: list[bool], need_x: bool,
-        matrix_dtype: torch.dtype | None, once: bool = False,
-    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:  # fmt: skip
-        steps, grads = self.begin_backward(saved, gy, tensors, wanted, need_x, matrix_dtype)
-        return self.end_backward(BegunBackward(steps, grads, ()), wanted, gy.device.type)
-
-    def _runtime(
-        self, device: torch.device, phase: Literal["forward", "backward"], keep: bool = True, once: bool = False
-    ) -> Runtime:
-        ops = ops_for(device.type, self.kernels)
-        kernels = self._pointwise_kernels(ops)
-        runtime = Counted if self.wire.capacity is None else Padded
-        return runtime(ops, device, kernels, keep, self.delays, self.wire, phase, self.degrees)
+# ------------------------------------------------------------------------------------------------ a block
 
 
 class ShardedForward(RewrittenForward):
@@ -408,145 +224,13 @@ def _wire(group: dist.ProcessGroup, options: Options, device: str) -> Wire:
 def _decide(
     region: Region, held: Holding, module: nn.Module, example: probe.Example, wire: Wire, options: Options
 ) -> ParallelPlans:
-    """The plans of a region; rank 0 decides about the degrees and orders, and all follow."""
-    group, parameter = wire.group, next(p for p in module.parameters())
-    tokens = next((t for t in example.leaves() if isinstance(t, Tensor) and t.is_floating_point()), None)
-    sizes = Sizes(
-        tokens=max(1, tokens.numel() // tokens.shape[-1] if tokens is not None else 1),
-        top_k=region.top_k, d_model=region.d_model, d_expert=region.d_expert,
-        experts=-(-region.experts // group.size()) * group.size(), ranks=group.size(),
-        bytes_per_element=parameter.element_size(), matrices=_matrices(region),
-    )  # fmt: skip
-    if options.capacity is not None:
-        sizes = replace(sizes, capacity_factor=options.capacity * sizes.experts / (sizes.top_k * sizes.tokens))
-    codecs = {"forward": options.codec, "backward": options.backward_codec}
-    width, dtype = region.d_model, parameter.dtype
-    shares = {
-        phase: CODECS[name].wire_bytes(width, dtype) / (width * dtype.itemsize)
-        for phase, name in codecs.items() if name != "none"
-    }  # fmt: skip
-    profile, chunk_s = None, dict[str, float]()
-    if options.timed:
-        profile = _profile(parameter.device.type, group, options)
-        params = {n: _piece(p, group) if n in held.stacked else p for n, p in module.named_parameters()}
-        exact = replace(wire, experts=region.experts, capacity=None)
-        chunk_s = chunk_seconds(region, held.region, params, exact, options.kernels, sizes.tokens)
-
-    def plans_of(chosen: Options) -> ParallelPlans:
-        """Rank 0 decides what is open, the others follow."""
-        texts: list[Any] = [None]
-        if group.rank() == 0:
-            first = compile_parallel(region, held.region, chosen, sizes, profile, shares, chunk_s=chunk_s)
-            texts = [[str(s) for s in first.schedules]]
-        dist.broadcast_object_list(texts, dist.get_global_rank(group, 0), group)
-        return compile_parallel(region, held.region, chosen, sizes, profile, shares, tuple(texts[0]), chunk_s)
-
-    plans = plans_of(options)
-    if not options.measured or "auto" not in options.degrees:
-        return plans
-    trained = {n for n, p in module.named_parameters() if p.requires_grad}
-    return measured_plans(region, held, params, trained, plans, plans_of, wire, options, sizes)
-
-
-def measured_plans(
-    region: Region,
-    held: Holding,
-    params: Mapping[str, Tensor],
-    trained: set[str],
-    plans: ParallelPlans,
-    plans_of: Callable[[Options], ParallelPlans],
-    wire: Wire,
-    options: Options,
-    sizes: Sizes,
-) -> ParallelPlans:
-    """The plans of the degrees that are fastest among those chosen by the costs and their neighbours; all ranks call it."""
-    chosen = plans.schedules[0].degree, plans.schedules[1].degree
-    around = [sorted({r for degree in chosen for r in measured.candidates(degree, sizes.capacity)})]  # ranks differ in sizes
-    dist.broadcast_object_list(around, dist.get_global_rank(wire.group, 0), wire.group)
-    one = replace(wire, experts=region.experts, capacity=None)  # rows that lie evenly overflow nothing
-    made = {r: plans_of(replace(options, degree=r, backward_degree=r, capacity=None)) for r in around[0]}
-    regions = {r: ParallelRegion(region, held.region, p, options.kernels, one) for r, p in made.items()}
-    seconds = measured.measure(regions, params, trained, sizes.tokens, wire.group)
-    best = [
-        given if given != "auto" else measured.fastest(of) for given, of in zip(options.degrees, seconds.values())
-    ]
-    told = tuple(", ".join(f"r={r} {1e3 * s:.3g} ms" for r, s in of.items()) for of in seconds.values())
-    return replace(plans_of(replace(options, degree=best[0], backward_degree=best[1])), measured=told)
-
-
-def chunk_seconds(
-    region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str, tokens: int = 0
-) -> dict[str, float]:
-    """By phase, what one more chunk costs when there is next to nothing in it, and the same of an "exchange"; on the CPU also
-    what all that is no exchange takes for `tokens` (0: not measured) in one chunk, as "compute forward" and so on.
-
-    All ranks call it.
-
-    Launches of kernels, messages without content and the plan's own Python: measured with plans of 1 and of MANY chunks of a
-    few tokens, on this rank's pieces of the parameters. On CUDA, where the host does all that beside the device, only until
-    the host is done, as "host forward" and so on, and what no chunk adds as "host forward once"; with up to MOST_TOKENS of
-    `tokens`, because many rows have kernels of their own.
-    """
-    device = next(iter(params.values())).device
-    cuda = device.type == "cuda"
-    few = max(2 * MANY, wire.ranks, min(tokens, MOST_TOKENS) if cuda else 0)
-    dtype = next(iter(params.values())).dtype
-    x = torch.zeros(few, region.d_model, dtype=dtype, device=device)
-    ids = torch.arange(few * region.top_k, device=device).view(few, -1) % region.experts
-    w = torch.ones(ids.shape, dtype=dtype, device=device)
-    seconds: dict[str, list[float]] = {"forward": [], "backward": []}
-    bare = replace(wire, codecs={})
-    for degree in (1, MANY):
-        options = Options(degree=degree, policy="fifo")
-        sizes = Sizes(few, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
-        plans = compile_parallel(region, local, options, sizes, None, {})
-        compiled = ParallelRegion(region, local, plans, kernels, bare)
-        tensors = [params[name].detach() for name in compiled.binder.names]
-        forward = lambda c=compiled, t=tensors: c.run_forward(x, ids, w, t, None)  # noqa: E731
-        y, saved = forward()
-        backward = lambda c=compiled, t=tensors, s=saved, g=y: c.run_backward(s, g, t, [False] * len(t), True, None)  # noqa: E731
-        for phase, run in (("forward", forward), ("backward", backward)):
-            seconds[phase].append(_median_s(run, wire.group, device, launches=cuda))
-    few_rows, counts = x[: wire.ranks].contiguous(), [1] * wire.ranks
-    exchange = _median_s(lambda: wire.all_to_all.start(few_rows, counts, counts).wait(), wire.group, device)
-    chunk = {phase: max(0.0, (many - one) / (MANY - 1)) for phase, (one, many) in seconds.items()}
-    if not cuda:
-        compute = _compute_seconds(region, local, params, wire, kernels, tokens) if tokens else {}
-        return chunk | {"exchange": exchange} | compute
-    once = {f"host {phase} once": max(0.0, one - chunk[phase]) for phase, (one, _) in seconds.items()}
-    return once | {f"host {phase}": s for phase, s in chunk.items()}
-
-
-def _compute_seconds(
-    region: Region, local: Region, params: Mapping[str, Tensor], wire: Wire, kernels: str, tokens: int
-) -> dict[str, float]:
-    """A whole phase of one chunk with rows that arrive at once; codecs are part of it."""
-    sizes = Sizes(tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
-    plans = compile_parallel(region, local, Options(degree=1, policy="fifo"), sizes, None, dict.fromkeys(wire.codecs, 1.0))
-    one = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=measured.AtOnce()))
-    seconds = measured.measure({1: one}, params, set(params), tokens, wire.group)
-    return {f"compute {phase}": of[1] for phase, of in seconds.items()}
-
-
-def _median_s(run: Callable[[], Any], group: dist.ProcessGroup, device: torch.device, launches: bool = False) -> float:
-    """launches: only until the host has launched everything."""
-    times = []
-    for _ in range(6):
-        dist.barrier(group)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        run()
-        host_s = time.perf_counter() - began
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(host_s if launches else time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
-def _matrices(region: Region) -> int:
-    """Products of an expert: 3 where it is gated, else 2, as `moefx.costs` counts them."""
-    return 3 if sum(instr.kind == "linear" for instr in region.template.instrs) > 2 else 2
+    """The plans of a region for as many tokens as its example has."""
+    group, device = wire.group, next(module.parameters()).device
+    of_tokens = next((t for t in example.leaves() if isinstance(t, Tensor) and t.is_floating_point()), None)
+    tokens = max(1, of_tokens.numel() // of_tokens.shape[-1] if of_tokens is not None else 1)
+    params = {n: _piece(p, group) if n in held.stacked else p for n, p in module.named_parameters()}
+    profile = _profile(device.type, group, options) if options.timed else None
+    return plans_for(region, held.region, params, tokens, replace(wire, experts=region.experts), options, profile)
 
 
 def _profile(device: str, group: dist.ProcessGroup, options: Options) -> Profile:
@@ -685,13 +369,12 @@ def _rewrite_report(report: Report, found: FoundBlock, compiled: ParallelRegion,
     experts = experts_of(compiled.region.experts, ranks, rank)
     which = f"experts {experts.start} to {experts.stop - 1}" if experts else "none"
     note = f"{which} of {compiled.region.experts} {'' if experts else 'experts '}on rank {rank} of {ranks}"
-    timed = tuple(f"{p} measured: {text}" for p, text in zip(PHASES, compiled.measured) if text)
     changed = replace(
         found,
         partition="\n".join(map(str, compiled.graphs)),
         schedule="\n".join(map(str, compiled.schedules)),
         source=compiled.source,
-        notes=(*found.notes, note, *timed),
+        notes=(*found.notes, note, *compiled.measured),
     )
     report.found[report.found.index(found)] = changed
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, register_flop_formula
 
-from moefx.compiled import CompiledRegion, Saved, _autocast_dtype
+from moefx.compiled import CompiledRegion, Saved, autocast_dtype
 from moefx.errors import InputError, PlanError
 from moefx.segments import Linear, steps, x_value
 from moefx.shape_ops import SHAPE_OPS
@@ -63,7 +63,7 @@ def routed(handle: str | None, x: Tensor, ids: Tensor, w: Tensor, params: Mappin
         raise InputError("this region has no operator that torch.compile could see: call the model without torch.compile")
     tensors = [params[name] for name in region_of(handle).binder.names]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *tensors))
-    y: Tensor = torch.ops.moefx.routed(handle, x, ids, w, tensors, _autocast_dtype(x.device.type), save)[0]
+    y: Tensor = torch.ops.moefx.routed(handle, x, ids, w, tensors, autocast_dtype(x.device.type), save)[0]
     return y
 
 

@@ -2,8 +2,6 @@
 
 Semantics: a lane runs its tasks one after another in the given order, each as early as it can: as soon as the task before
 it on the lane and all its dependencies have ended. Nothing is preempted. All times are in seconds from the start.
-Where a host launches what a device runs, no task starts before its launch, and the launches of all lanes are one behind the
-other.
 Closed forms, policies and what-ifs are all checked against this file.
 """
 
@@ -11,11 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from moefx.errors import PlanError
-from moefx.ir import Schedule, Task, TaskGraph, deadlock_text, issue_order
+from moefx.ir import Schedule, Task, TaskGraph, deadlock_text
 
 COMPUTE = "compute"  # the resource that communication can hide behind
 
@@ -32,20 +30,6 @@ class Span:
 
     def __str__(self) -> str:
         return f"{self.task.name} on {self.lane}: {1e3 * self.start_s:.6g} ms to {1e3 * self.end_s:.6g} ms"
-
-
-@dataclass(frozen=True)
-class Host:
-    """What launching costs the host: once_s before the first task, then chunk_s for each chunk, the same for all its tasks."""
-
-    once_s: float = 0.0
-    chunk_s: float = 0.0
-
-    def launched_s(self, graph: TaskGraph, schedule: Schedule) -> dict[str, float]:
-        """When each task is launched, in the order in which a plan is issued: links first where they can."""
-        links_first = replace(schedule, lanes=tuple(sorted(schedule.lanes, key=lambda lane: lane[0] == COMPUTE)))
-        step = self.chunk_s * graph.degree / max(1, len(graph.tasks))
-        return {task: self.once_s + n * step for n, (_, task) in enumerate(issue_order(links_first, graph), 1)}
 
 
 @dataclass(frozen=True)
@@ -91,7 +75,7 @@ class Timeline:
 
     @cached_property
     def critical_path(self) -> tuple[str, ...]:
-        """Tasks, first to last, each starting when the one before it ends, the first at zero or when it is launched."""
+        """Tasks, first to last, each starting when the one before it ends, the first at zero."""
         if not self.spans:
             return ()
         path = [max(self.spans, key=lambda span: span.end_s)]
@@ -122,15 +106,14 @@ class Timeline:
                 last[place] = span
 
 
-def simulate(graph: TaskGraph, schedule: Schedule, host: Host | None = None) -> Timeline:
-    """Run `schedule` on paper, in time linear in the number of tasks. host: where there is one, no task starts before its launch.
+def simulate(graph: TaskGraph, schedule: Schedule) -> Timeline:
+    """Run `schedule` on paper, in time linear in the number of tasks.
 
     Every task needs a time (`TaskGraph.timed`). PlanError names the lane and the task for a deadlock, a task that is
     missing, doubled or unknown, and a resource that two lanes share (which of them comes first would be a guess).
     """
     seconds = graph.seconds
     _one_lane_a_resource(graph, schedule)
-    launched = host.launched_s(graph, schedule) if host and host != Host() else {}
     todo = {lane: list(reversed(tasks)) for lane, tasks in schedule.lanes}
     spans: dict[str, Span] = {}
     last: dict[str, Span] = {}
@@ -150,8 +133,6 @@ def simulate(graph: TaskGraph, schedule: Schedule, host: Host | None = None) -> 
                 before.append(last[lane])
             latest = max(before, key=lambda span: span.end_s, default=None)
             start, name = (latest.end_s, latest.task.name) if latest else (0.0, "")
-            if (launch := launched.get(task.name, 0.0)) > start:
-                start, name = launch, ""
             last[lane] = spans[task.name] = Span(task, lane, start, start + seconds[task.name], name)
             active += waiting.pop(task.name, ())
     if any(todo.values()):

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from moefx.begun import first_part, second_part
 from moefx.build import load
 from moefx.exchange import Counted, Padded, Wire, experts_of
+from moefx.holding import holding
 from moefx.ir import chunk_bounds
 from moefx.leaves import LeafBinder
 from moefx.ops import OPS
-from moefx.parallel import holding
 
 
 class Group:

@@ -42,7 +42,7 @@ def test_all_parts_run(tmp_path: Path) -> None:
     assert len(rows["correctness"]) > 15
     assert {row["result"] for row in rows["correctness"]} == {"OK"}
     for row in rows["layers"]:
-        assert set(row["_seconds"]) == set(row["_predicted"]) == {"r=1", "r=2", "auto"}
+        assert set(row["_seconds"]) == set(row["_predicted"]) == {"r=1", "r=2", "auto", "costs"}
     for row in rows["trace"]:
         assert multi_gpu_parts.events_of(tmp_path / "out" / row["file"])
     (model,) = rows["model"]
@@ -55,7 +55,9 @@ def test_nodes_of_two(tmp_path: Path) -> None:
     """Both ways over throttled links bring what the direct exchange brings."""
     code, text, results = run(tmp_path, 4, "--only", "nodes")
     assert code == 0, text
-    assert [row["result"] for row in results["rows"]["nodes"]] == ["OK", "OK"]
+    assert [row["result"] for row in results["rows"]["nodes"]] == ["OK"] * 3
+    layers = results["rows"]["layers between nodes"]
+    assert [set(row["_seconds"]) for row in layers] == [{"r=1", "r=2", "auto", "costs"}] * len(multi_gpu_parts.TOY_TOKENS)
 
 
 CRASH = """

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from layers import layers, pipeline
 from moefx.passes.schedule import POLICIES, fifo, schedule, serial
 
-from moefx.build import launchable
 from moefx.errors import PlanError
 from moefx.ir import Schedule, Task, TaskGraph
-from moefx.simulate import Host, Timeline, heads_s, lower_bound_s, simulate, tails_s
+from moefx.simulate import Timeline, heads_s, lower_bound_s, simulate, tails_s
 
 QUICK = [name for name in sorted(POLICIES) if name not in ("schemoe", "exact")]
 
@@ -142,52 +141,3 @@ def test_nothing_to_do():
     graph = TaskGraph("forward", 1, ())
     timeline = simulate(graph, Schedule("forward", 1, ()))
     assert (timeline.makespan_s, timeline.critical_path, lower_bound_s(graph)) == (0.0, (), 0.0)
-
-
-# ------------------------------------------------------------------------------------------------ the host
-
-
-def test_a_host_by_hand():
-    """Six launches, each 2 behind the last, from 1 on."""
-    timeline = simulate(two_chunks(), fifo(two_chunks()), Host(once_s=1.0, chunk_s=6.0))
-    launched = Host(1.0, 6.0).launched_s(two_chunks(), fifo(two_chunks()))
-    assert sorted(launched, key=lambda name: launched[name]) == ["send_0", "send_1", "experts_0", "back_0", "experts_1", "back_1"]
-    assert times(timeline) == {
-        "send_0": (3, 5),
-        "send_1": (5, 7),
-        "experts_0": (7, 10),
-        "back_0": (10, 12),
-        "experts_1": (11, 14),
-        "back_1": (14, 16),
-    }
-    assert timeline.critical_path == ("experts_1", "back_1")
-
-
-seconds = st.floats(0, 5)
-
-
-@given(layers(), st.sampled_from(QUICK), seconds, seconds, seconds)
-def test_a_slower_host_is_never_faster(graph, policy, once, chunk, more):
-    order = schedule(graph, policy)
-    bare, timeline = simulate(graph, order), simulate(graph, order, Host(once, chunk))
-    timeline.check()
-    slack = 1e-9 * (1 + timeline.makespan_s)
-    assert timeline.makespan_s >= max(bare.makespan_s, once + graph.degree * chunk) - slack
-    assert timeline.makespan_s <= bare.makespan_s + once + graph.degree * chunk + slack
-    assert simulate(graph, order, Host(once, chunk + more)).makespan_s >= timeline.makespan_s - slack
-    assert simulate(graph, order, Host()) == bare
-
-
-@given(st.floats(0.1, 20), st.floats(0.1, 20), st.floats(0, 2), seconds, seconds)
-def test_time_of_the_host_never_raises_the_degree(send, experts, start_up, chunk, more):
-    """Layers whose tasks take alpha + beta / r."""
-
-    def build(r: int) -> TaskGraph:
-        ends = [(name, "link", start_up / 10 + send / r) for name in ("send", "back")]
-        return pipeline(r, ends[0], ("experts", "compute", start_up / 10 + experts / r), ends[1])
-
-    free = 8
-    degrees = [launchable(build, free, "fifo", Host(0.5, host)) for host in (0.0, chunk, chunk + more)]
-    assert degrees[0] == free and max(degrees) <= free
-    if chunk > simulate(build(1), fifo(build(1))).makespan_s:
-        assert degrees[1:] == [1, 1]  # a chunk cannot be hidden behind its own launches

@@ -1,0 +1,102 @@
+"""Into how many chunks a block on several ranks is cut: what its costs say, and which of the degrees near that is fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from moefx.build import NOT_WORTH_A_CHUNK, PHASES, ParallelPlans, compile_parallel
+from moefx.costs import BlockTimes, Sizes
+from moefx.exchange import Wire
+from moefx.ir import Region
+from moefx.measured import block_times, measure
+from moefx.options import Options
+from moefx.parallel_region import ParallelRegion
+from moefx.profile import Profile
+
+Degrees = tuple[int, int]  # of forward and backward
+
+
+def plans_for(
+    region: Region,
+    local: Region,
+    params: Mapping[str, Tensor],
+    tokens: int,
+    wire: Wire,
+    options: Options,
+    profile: Profile | None,
+    times: Mapping[str, BlockTimes] | None = None,
+) -> ParallelPlans:
+    """The plans of a region, of which this rank has the experts `local` with the parameters `params`. All ranks call it.
+
+    Rank 0 decides about degrees and orders, and all follow. tokens: of this rank in a step, at least 1. profile: None where
+    `options` leave nothing open. times: what `block_times` gave for this block and so many tokens; None: measured here.
+    """
+    dtype = next(iter(params.values())).dtype
+    shares = {p: codec.wire_bytes(region.d_model, dtype) / (region.d_model * dtype.itemsize) for p, codec in wire.codecs.items()}
+    sizes = Sizes(
+        tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks,
+        bytes_per_element=dtype.itemsize, matrices=_matrices(region),
+    )  # fmt: skip
+    if options.capacity is not None:
+        sizes = replace(sizes, capacity_factor=options.capacity * sizes.experts / (sizes.top_k * sizes.tokens))
+    if times is None:
+        times = block_times(region, local, params, tokens, wire, options.kernels) if options.timed else {}
+
+    def plans_of(chosen: Options) -> ParallelPlans:
+        given = (region, local, chosen, sizes, profile, shares)
+        texts: list[Any] = [None]
+        if wire.group.rank() == 0:
+            texts = [[str(s) for s in compile_parallel(*given, times=times).schedules]]
+        dist.broadcast_object_list(texts, dist.get_global_rank(wire.group, 0), wire.group)
+        return compile_parallel(*given, decided=tuple(texts[0]), times=times)
+
+    plans = plans_of(options)
+    if not options.measured or "auto" not in options.degrees:
+        return plans
+    chosen = plans.schedules[0].degree, plans.schedules[1].degree
+    around = [sorted({r for degree in chosen for r in candidates(degree, sizes.capacity)})]  # ranks differ in sizes
+    dist.broadcast_object_list(around, dist.get_global_rank(wire.group, 0), wire.group)
+    trained = {name for name, p in params.items() if p.requires_grad}
+
+    def measured(degrees: Iterable[Degrees]) -> dict[str, dict[Degrees, float]]:
+        """Without capacity: rows that are spread evenly overflow nothing."""
+        made = {(f, b): plans_of(replace(options, degree=f, backward_degree=b, capacity=None)) for f, b in degrees}
+        dropless = replace(wire, capacity=None)
+        regions = {d: ParallelRegion(region, local, p, options.kernels, dropless) for d, p in made.items()}
+        return measure(regions, params, trained, tokens, wire.group)
+
+    seconds = measured((r, r) for r in around[0])
+    by_degree = [{r: s for (r, _), s in of.items()} for of in seconds.values()]
+    told = [_told(phase, {f"r={r}": s for r, s in of.items()}) for phase, of in zip(PHASES, by_degree)]
+    forward, backward = (given if given != "auto" else fastest(of) for given, of in zip(options.degrees, by_degree))
+    if forward != backward and options.degrees == ("auto", "auto"):  # rows are cut anew between the phases, which is not free
+        both = measured([(forward, forward), (forward, backward), (backward, backward)])
+        step = {d: sum(of[d] for of in both.values()) for d in both["forward"]}
+        forward, backward = min(step, key=lambda d: step[d])
+        told.append(_told("step", {f"r={f}/{b}": s for (f, b), s in step.items()}))
+    return replace(plans_of(replace(options, degree=forward, backward_degree=backward)), measured=tuple(told))
+
+
+def _told(what: str, seconds: Mapping[str, float]) -> str:
+    return f"{what} measured: {', '.join(f'{name} {1e3 * s:.3g} ms' for name, s in seconds.items())}"
+
+
+def candidates(chosen: int, capacity: int) -> list[int]:
+    """The degrees to measure: r = 1, 2, 3, 4, 8, the chosen one, half and twice of it, as far as there are rows for them."""
+    return sorted({r for r in (1, 2, 3, 4, 8, chosen, chosen // 2, 2 * chosen) if 1 <= r <= max(1, capacity)})
+
+
+def fastest(seconds: Mapping[int, float]) -> int:
+    """The least degree that is not worth exchanging for a faster one."""
+    least = min(seconds.values())
+    return min(r for r, s in seconds.items() if s <= (1 + NOT_WORTH_A_CHUNK) * least)
+
+
+def _matrices(region: Region) -> int:
+    """Products of an expert: 3 where it is gated, else 2, as `moefx.costs` counts them."""
+    return 3 if sum(instr.kind == "linear" for instr in region.template.instrs) > 2 else 2
