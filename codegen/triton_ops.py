@@ -26,6 +26,7 @@ from moefx.codegen.triton_launch import interpreted, only_compiling, supports
 from moefx.codegen.triton_permute import combine, combine_backward, expert_rows, expert_sum, gather_rows, rows_backward
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_route import route
+from moefx.codegen.triton_tape import Tapes
 from torch import Tensor
 
 __all__ = ["OPS", "Pointwise", "Unsupported", "compile_pointwise", "interpreted", "supports"]
@@ -63,5 +64,6 @@ OPS: dict[str, Callable[..., Any]] = {
         compile_pointwise,
         grouped_linear_act,
         only_compiling,
+        Tapes,
     )
 }

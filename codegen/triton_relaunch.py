@@ -9,13 +9,27 @@ Here the compiled kernel that one launch used is remembered by what Triton speci
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+_watch = threading.local()  # who is told of this thread's launches
+
+
+@contextlib.contextmanager
+def watched_by(watcher: Callable[[Any, tuple[int, ...], tuple[Any, ...]], None]) -> Iterator[None]:
+    """Inside, `watcher` is told of each launch of this thread: how it is done directly (None: it cannot), grid and arguments."""
+    _watch.watcher = watcher
+    try:
+        yield
+    finally:
+        _watch.watcher = None
 
 
 class Ready(NamedTuple):
@@ -61,12 +75,17 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: d
         given.append(value)
     key = (number, device, *kinds, *options.items())
     ready = _ready.get(key)
-    if ready is None or _hooked():
+    watcher = getattr(_watch, "watcher", None)
+    if ready is None or hooked():
         compiled = kernel[grid](*args, **options)
         if key not in _ready:
             _ready[key] = _remembered(kernel, compiled, len(args), options)
+        if watcher is not None:
+            watcher(_ready[key], (*grid, 1, 1)[:3], args)
         return
     x, y, z = (*grid, 1, 1)[:3]
+    if watcher is not None:
+        watcher(ready, (x, y, z), args)
     stream = driver.get_current_stream(device)
     ready.run(x, y, z, stream, ready.function, ready.metadata, None, None, None, *given, *ready.rest)
 
@@ -82,6 +101,6 @@ def _remembered(kernel: Any, compiled: Any, given: int, options: dict[str, Any])
     return Ready(compiled.run, compiled.function, compiled.packed_metadata, rest)
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether a profiler wants to know of launches."""
     return any(getattr(hook, "calls", hook) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))

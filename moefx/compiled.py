@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from moefx.leaves import LeafBinder, LeafGradients
 from moefx.runtime import OpTable, Runtime, ops_for
 from moefx.segments import Segment, steps
 
+Made = TypeVar("Made")
 # What forward leaves for backward; None where a plan saves a value that this run did not make.
 Saved = tuple[Tensor | None, ...]
 
@@ -52,6 +53,7 @@ class CompiledRegion:
         self.delays: Callable[[str], None] | None = None
         self.notes: tuple[str, ...] = ()
         self._kernels: dict[str, Any] | None = None
+        self._tapes: Any = None
         self.without_kernel: dict[str, str] = {}
 
     @property
@@ -125,7 +127,23 @@ class CompiledRegion:
         """y and, if `keep`, what backward needs, without recording gradients. may_pack: see `LeafBinder.bind`."""
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             leaves = self._bind(tensors, matrix_dtype, may_pack)
-            return self.emitted.forward(self._runtime(x.device, "forward", keep), x, ids, w, leaves)
+            return self._again(
+                ("forward", keep), (x, ids, w, *leaves), x.device,
+                lambda: self.emitted.forward(self._runtime(x.device, "forward", keep), x, ids, w, leaves),
+            )  # fmt: skip
+
+    def _again(
+        self, flags: tuple[Any, ...], inputs: Sequence[Tensor | None], device: torch.device, body: Callable[[], Made]
+    ) -> Made:
+        """What an emitted function makes; from its tape, where the kernels have such a thing and it runs on one lane."""
+        make = ops_for(device.type, self.kernels).get("Tapes")
+        straight = all(len(schedule.lanes) == 1 for schedule in self.schedules)
+        if make is None or not straight or self.delays is not None or self._kernels is None or self.without_kernel:
+            return body()
+        if self._tapes is None:
+            self._tapes = make()
+        made: Made = self._tapes.run(flags, inputs, body)
+        return made
 
     def run_backward(
         self,
@@ -159,8 +177,12 @@ class CompiledRegion:
             leaves = self._bind(tensors, matrix_dtype, may_pack)
             wanted_names = {name for name, want in zip(names, wanted) if want}
             grads = self.binder.gradients(dict(zip(names, tensors)), wanted_names)
-            runtime = self._runtime(gy.device, "backward", once=once)
-            gx, gw = self.emitted.backward(runtime, saved, gy, leaves, grads.leaves, need_x)
+            gx, gw = self._again(
+                ("backward", need_x, once), (*saved, gy, *leaves, *grads.leaves), gy.device,
+                lambda: self.emitted.backward(
+                    self._runtime(gy.device, "backward", once=once), saved, gy, leaves, grads.leaves, need_x
+                ),
+            )  # fmt: skip
             grads.finish()
         return gx, gw, grads
 

@@ -27,41 +27,15 @@ def main() -> None:
     import torch
     import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
+    import triton_on_paper
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     given: list[Any] = []
 
-    class Launcher:
-        def __init__(self, src: Any, metadata: Any) -> None:
-            pass
+    def launched(name: str, grid: tuple[int, ...], stream: int, function: int, args: Any) -> None:
+        given.append((name, grid, stream, function, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]))
 
-        def __call__(self, x: int, y: int, z: int, stream: int, function: int, _: Any, __: Any, ___: Any, ____: Any, *args: Any):
-            values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
-            given.append((x, y, z, stream, function, values))
-
-    class Utils:
-        loaded = 0
-
-        def load_binary(self, *_: Any) -> tuple[int, ...]:
-            self.loaded += 1
-            return 0, self.loaded, 0, 0, 1024
-
-        def get_device_properties(self, _: int) -> dict[str, int]:
-            return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-    class Driver(DriverBase):
-        utils, launcher_cls = Utils(), Launcher
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 7)
-        map_python_to_cpp_type = get_benchmarker = get_active_torch_device = is_active = lambda self, *_: None
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-    driver = Driver()
-    triton.runtime.driver.set_active(driver)
+    driver = triton_on_paper.use(launched)
     from moefx.codegen import triton_relaunch as relaunch
 
     @triton.jit(do_not_specialize=["free"])
