@@ -35,21 +35,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from layer import milliseconds  # noqa: E402
-from multi_gpu_parts import (  # noqa: E402
-    Batch,
-    Layer,
-    Overlap,
-    Spread,
-    compile_kernels,
-    delays,
-    events_of,
-    outcome,
-    overlap_of,
-    own_weights,
-    random_batch,
-    step,
-    traced,
-)
+from multi_gpu_parts.correctness import delays, outcome  # noqa: E402
+from multi_gpu_parts.plans import Batch, Layer, Spread, compile_kernels, own_weights, random_batch, step  # noqa: E402
+from multi_gpu_parts.traces import Overlap, events_of, overlap_of, traced  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import moefx  # noqa: E402

@@ -17,7 +17,7 @@
 Times are medians of rounds in which everything that is compared has its turn, on the slowest rank. Tables come last; all
 numbers go to --out ($OUT, out/multi_gpu) as multi_gpu.json. Exit code 1 if a row of correctness fails or anything crashes.
 
-Each rank's process starts a worker (multi_gpu_parts.py) and watches it: a crash, a hang or a broken GPU context costs the
+Each rank's process starts a worker (multi_gpu_parts/) and watches it: a crash, a hang or a broken GPU context costs the
 row in which it happened, and a new worker goes on behind it.
 """
 
@@ -193,7 +193,7 @@ def main() -> int:
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --nproc-per-node 2 benchmarks/multi_gpu.py")
     if "MOEFX_FOLDER" in os.environ:
-        from multi_gpu_parts import work
+        from multi_gpu_parts.work import work
 
         return work(options)
     return watch(options)

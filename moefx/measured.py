@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moefx.build import PHASES, compile_parallel
+from moefx.codegen.all_to_all import AllToAll, Pending
 from moefx.costs import BlockTimes, Sizes
 from moefx.exchange import Wire, experts_of
 from moefx.ir import Region
@@ -33,29 +34,46 @@ MANY = 4  # chunks of the plan that shows what a chunk adds
 
 class AtOnce:
     """An all-to-all that takes no time, to measure what a plan takes beside it: the rows that leave stand for those that come,
-    in the same memory, and zeros where there are too few."""
+    in the same memory, and zeros where there are too few.
+
+    messages: an all-to-all by which one row really goes from each of the `ranks` to each, for what it costs to start messages
+    and to await them; None: nothing travels.
+    """
+
+    def __init__(self, messages: AllToAll | None = None, ranks: int = 0) -> None:
+        self.messages, self.ones = messages, [1] * ranks
+        self.small: dict[Any, Tensor] = {}  # rows that travel, by what they are
 
     def start(self, send: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], all_rows: Any = None) -> Arrived:
+        pending = None
+        if self.messages is not None:
+            what = send.shape[1], send.dtype, send.device
+            if what not in self.small:
+                self.small[what] = send.new_zeros(len(self.ones), send.shape[1])
+            pending = self.messages.start(self.small[what], self.ones, self.ones, [self.ones] * len(self.ones))
         missing = sum(received_rows) - len(send)
         if missing > 0:
             send = torch.cat([send, send.new_zeros(missing, send.shape[1])])
-        return Arrived(send[: sum(received_rows)])
+        return Arrived(send[: sum(received_rows)], pending)
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """Rows that are there already."""
+    """Rows that are there already, and messages that are to be awaited."""
 
     rows: Tensor
+    pending: Pending | None = None
 
     def wait(self) -> Tensor:
+        if self.pending is not None:
+            self.pending.wait()
         return self.rows
 
 
 def block_times(
     region: Region, local: Region, params: Mapping[str, Tensor], tokens: int, wire: Wire, kernels: str
 ) -> dict[str, BlockTimes]:
-    """By phase, what a block takes in one chunk and in MANY whose exchanges take no time; codecs are part of it.
+    """By phase, what a block takes in one chunk and in MANY whose exchanges carry next to nothing; codecs are part of it.
 
     local: this rank's experts, with their parameters by name. All ranks call it, each with its tokens.
     """
@@ -64,7 +82,8 @@ def block_times(
     regions = {}
     for degree in (1, MANY):
         plans = compile_parallel(region, local, Options(degree=degree, policy="fifo"), sizes, None, dict.fromkeys(wire.codecs, 1.0))
-        regions[degree] = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=AtOnce()))
+        at_once = AtOnce(wire.all_to_all, wire.ranks)
+        regions[degree] = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=at_once))
     device = next(iter(params.values())).device
     rows, counts = torch.zeros(wire.ranks, region.d_model, device=device), [1] * wire.ranks
     exchange = lambda: wire.all_to_all.start(rows, counts, counts).wait()  # noqa: E731
@@ -72,7 +91,7 @@ def block_times(
     least = _slowest({1: statistics.median(exchanges[1:])}, device, wire.group)[1]
     seconds = measure(regions, params, set(params), tokens, wire.group)
     chunk = {phase: max(0.0, of[MANY] - of[1]) / (MANY - 1) for phase, of in seconds.items()}
-    return {phase: BlockTimes(of[1], chunk[phase], least) for phase, of in seconds.items()}
+    return {phase: BlockTimes(max(0.0, of[1] - 2 * least), chunk[phase], least) for phase, of in seconds.items()}
 
 
 def measure(

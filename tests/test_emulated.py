@@ -27,7 +27,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 def test_copies_of_an_exchange() -> None:
     """Large copies over the host's link, neither counts nor copies within the GPU."""
-    from multi_gpu_parts import overlap_of
+    from multi_gpu_parts.traces import overlap_of
 
     def copy(name: str, start: float, size: int) -> dict[str, Any]:
         return {"ph": "X", "cat": "gpu_memcpy", "name": name, "ts": start, "dur": 10.0, "args": {"bytes": size}}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import multi_gpu  # noqa: E402
-import multi_gpu_parts  # noqa: E402
+from multi_gpu_parts import layers, traces  # noqa: E402
 
 
 def run(tmp_path: Path, ranks: int, *args: str, script: Path | None = None) -> tuple[int, str, dict[str, Any]]:
@@ -44,7 +44,7 @@ def test_all_parts_run(tmp_path: Path) -> None:
     for row in rows["layers"]:
         assert set(row["_seconds"]) == set(row["_predicted"]) == {"r=1", "r=2", "auto", "costs"}
     for row in rows["trace"]:
-        assert multi_gpu_parts.events_of(tmp_path / "out" / row["file"])
+        assert traces.events_of(tmp_path / "out" / row["file"])
     (model,) = rows["model"]
     assert model["result"] == "OK"
     assert "regret of auto" in text
@@ -56,8 +56,8 @@ def test_nodes_of_two(tmp_path: Path) -> None:
     code, text, results = run(tmp_path, 4, "--only", "nodes")
     assert code == 0, text
     assert [row["result"] for row in results["rows"]["nodes"]] == ["OK"] * 3
-    layers = results["rows"]["layers between nodes"]
-    assert [set(row["_seconds"]) for row in layers] == [{"r=1", "r=2", "auto", "costs"}] * len(multi_gpu_parts.TOY_TOKENS)
+    between = results["rows"]["layers between nodes"]
+    assert [set(row["_seconds"]) for row in between] == [{"r=1", "r=2", "auto", "costs"}] * len(layers.TOY_TOKENS)
 
 
 CRASH = """
@@ -123,6 +123,6 @@ def test_hidden_share() -> None:
         kernel("grouped_linear", 8, 3), kernel("act", 9, 4), kernel("combine", 20, 5),
         kernel("Memcpy HtoD", 0, 30, "gpu_memcpy"), {"ph": "M", "name": "process_name"},
     ]  # fmt: skip
-    found = multi_gpu_parts.overlap_of(events, multi_gpu_parts.is_nccl)
-    assert found == multi_gpu_parts.Overlap(communication=15, hidden=5, compute=10, span=25)
+    found = traces.overlap_of(events, traces.is_nccl)
+    assert found == traces.Overlap(communication=15, hidden=5, compute=10, span=25)
     assert "33 % of 15 us hidden, 10 us exposed" in str(found)
