@@ -28,7 +28,8 @@ from moefx.parallel_region import ParallelRegion
 
 Name = TypeVar("Name", bound=Hashable)
 
-ROUNDS = 5  # measured, after one that is not
+# Rounds that are measured, after one that is not: more where they are short, and noise is larger.
+ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 15, 3.0
 MANY = 4  # chunks of the plan that shows what a chunk adds
 
 
@@ -119,7 +120,9 @@ def measure(
             names = compiled.binder.names
             compiled.precompile(x, ids, w, {n: params[n].detach() for n in names}, [[n for n in names if n in trained]])
     seconds: dict[str, dict[Name, list[float]]] = {phase: {name: [] for name in regions} for phase in PHASES}
-    for turn in range(ROUNDS + 1):
+    turn, turns = 0, ROUNDS + 1
+    while turn < turns:
+        began = time.perf_counter()
         for name, compiled in regions.items():
             tensors = [params[n].detach() for n in compiled.binder.names]
             wanted = [n in trained for n in compiled.binder.names]
@@ -129,6 +132,10 @@ def measure(
             if turn:
                 seconds["forward"][name].append(forward_s)
                 seconds["backward"][name].append(backward_s)
+        if turn == 1:  # the first one also prepares
+            turn_s = _slowest({"": time.perf_counter() - began}, device, group)[""]
+            turns = 1 + min(MOST_ROUNDS, max(ROUNDS, int(MEASURED_S / turn_s)))
+        turn += 1
     medians = {phase: {name: statistics.median(runs) for name, runs in of.items()} for phase, of in seconds.items()}
     return {phase: _slowest(of, device, group) for phase, of in medians.items()}
 
