@@ -1,15 +1,13 @@
-"""The public face: optimize, explain, restore. And the pipeline, in `analyse`, from top to bottom."""
+"""The public face: optimize, explain, restore. The pipeline of one block is `moefx.analysis.analyse`."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import enum
 import inspect
 import logging
-import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from moefx import probe, search, verify
+from moefx.analysis import analyse, compare_on_device, runs, runs_on_some
 from moefx.block import (
     RewrittenForward,
     Variant,
@@ -26,226 +25,16 @@ from moefx.block import (
     foreign_forward,
     install,
     rewritten,
-    settings_of,
     uninstall,
 )
-from moefx.build import compile_region
 from moefx.errors import Decline, InputError
 from moefx.options import Options
-from moefx.passes import find
-from moefx.passes._lift import Lifter
 from moefx.passes.beside import beside
-from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
-from moefx.passes.capture import capture
 from moefx.report import DeclinedBlock, FoundBlock, Report, graphs_of
-from moefx.routing import Hypothesis
-from moefx.trace import Trace, Value, precision
 
 log = logging.getLogger(__name__)
 
-LARGE_BYTES = 1 << 27  # gradients of larger parameters are compared one at a time
-MAX_HYPOTHESES = 8  # verified per block before it is declined
 _STATE = "_moefx"  # instance attribute of an optimised model: its report, options and pending hooks
-
-
-# ------------------------------------------------------------------------------------------------ the pipeline
-
-
-def analyse(
-    module: nn.Module, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
-) -> Variant:
-    """capture -> find -> canonicalise -> partition -> schedule -> lower -> emit -> verify, for one way of calling a block.
-
-    twin: a probe copy of it; args, kwargs: one real call in normal form (`probe.bind`). Raises Decline with the reason and
-    the nearest miss.
-    """
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if not isinstance(leaf, (Tensor, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)):
-            raise Decline(
-                f"the block takes a {type(leaf).__name__}: what it holds cannot be followed from call to call"
-            )
-    example = probe.Example.of(args, kwargs)
-    experts = probe.guess_experts(module)
-    reasons: list[Decline] = []
-    near: list[str] = []
-    for more in (1, 4, 16):  # more tokens, as long as some expert was reached by none
-        tried = 0
-        tokens = _token_shape(example, module, experts, more)
-        inputs = _inputs(twin, example, tokens, options.seed + more, experts)
-        try:
-            for hypothesis in _hypotheses(twin, *inputs, near, all_reached=more < 16):
-                try:
-                    return _realise_either(module, twin, hypothesis, example, options)
-                except Decline as reason:
-                    log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
-                    reason.location = reason.location or hypothesis.combined.line
-                    reasons.append(reason)
-                    tried += 1
-                    if tried == MAX_HYPOTHESES:
-                        break
-            break
-        except find.Unreached as missing:
-            near.append(str(missing))
-    raise _best_reason(reasons, near, _source_line(type(module)))
-
-
-def _hypotheses(
-    twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str], all_reached: bool
-) -> Generator[Hypothesis, None, None]:
-    """What the block may compute. all_reached: stop at the first sign of experts that no token reached in this run."""
-    probe.unpack(twin)
-    first = Lifter(twin)
-    with probe.state_kept(twin):
-        trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
-    find.side_effects(trace)
-    groups = find.expert_groups(first)
-    if not groups:
-        near.append("no parameters take each other's place in one computation, as experts do")
-    for group in groups:
-        probe.unpack(twin)
-        lifter = Lifter(twin, group)
-        with probe.state_kept(twin):
-            trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
-        if all_reached:
-            find.check_reached(twin, lifter)
-        ungated = yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
-        near.extend(dict.fromkeys(lifter.notes))
-        if ungated and all_reached:  # taken for shared experts, which was refuted
-            raise find.Unreached(f"no token was given to {ungated}")
-
-
-def _redrawn(
-    twin: nn.Module, group: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[int], Trace | None]:
-    """Runs the same inputs with other expert parameters (seed 0: puts the first ones back)."""
-    tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-    kept: dict[str, Tensor] = {}
-    traces: dict[int, Trace | None] = {0: None}
-
-    def run(seed: int) -> Trace | None:
-        generator = torch.Generator().manual_seed(seed)
-        kept.update({name: tensors[name].detach().clone() for name in group if not kept.keys() >= group})
-        for name, first in kept.items():
-            tensors[name].detach().copy_(probe.random_like(first, first.dtype, generator) if seed else first)
-        if seed not in traces:
-            try:
-                traces[seed] = capture(twin, *copy.deepcopy((args, kwargs)))
-            except Decline:
-                traces[seed] = None
-        return traces[seed]
-
-    return run
-
-
-def _realise_either(
-    module: nn.Module, twin: nn.Module, hypothesis: Hypothesis, example: probe.Example, options: Options
-) -> Variant:
-    """Once with numbers that int() cut from sizes as expressions of sizes, and once as they stand."""
-    if hypothesis.trace.log.truncations:
-        with contextlib.suppress(Decline):
-            return _realise(module, twin, hypothesis, example, options, restore_truncated=True)
-    return _realise(module, twin, hypothesis, example, options, restore_truncated=False)
-
-
-def _realise(
-    module: nn.Module,
-    twin: nn.Module,
-    hypothesis: Hypothesis,
-    example: probe.Example,
-    options: Options,
-    restore_truncated: bool,
-) -> Variant:
-    """A hypothesis made to run, and verified; Decline when it is refuted."""
-    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-    rewrite = canonicalise(hypothesis, placeholder_names(example.args, example.kwargs, parameters), restore_truncated)
-    compiled = compile_region(hypothesis.region, options.chunks, options.kernels)
-    stages = (
-        ("canonicalise", rewrite.source),
-        ("partition", "\n".join(map(str, compiled.graphs))),
-        ("schedule", "\n".join(map(str, compiled.schedules))),
-        ("lower", "\n".join(map(str, compiled.plans))),
-        ("emit", compiled.source),
-    )
-    lowest = precision([v.tensor for v in hypothesis.trace.values])
-    location = _source_line(type(module))
-    variant = Variant(
-        compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
-        rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
-        tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph,
-        _order_matters(hypothesis.trace),
-    )  # fmt: skip
-    run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
-    errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)
-    variant.errors.update(errors)
-    return variant
-
-
-RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "normal", "uniform", "exponential", "gumbel", "poisson")
-
-
-def _order_matters(trace: Trace) -> bool:
-    """Whether the block draws random numbers, or changes its inputs in place."""
-    given = {v.storage for v in trace.inputs if isinstance(v, Value)}
-    return any(any(r in c.name for r in RANDOM) or any(v.storage in given for v in c.writes) for c in trace.calls)
-
-
-def _inputs(
-    twin: nn.Module, example: probe.Example, tokens: tuple[int, ...], seed: int, experts: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of `tokens` for a probe copy; of the example's sizes where it does not run on those."""
-    inputs = probe.draw(example, tokens, seed, experts, dtype=probe.dtype_of(twin))
-    if _runs(twin, *inputs):
-        return inputs
-    return probe.draw(example, example.token_sizes, seed, experts, dtype=probe.dtype_of(twin))
-
-
-def _runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        with torch.no_grad(), probe.Emulated(), probe.state_kept(twin):
-            twin.forward(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        return True
-    except Exception:  # noqa: BLE001 - any failure of the block on these inputs
-        return False
-
-
-def _runs_on_some(twin: nn.Module, example: probe.Example, dtype: torch.dtype, seed: int) -> bool:
-    """Whether a probe copy runs on inputs like the example's, of few tokens or of its own sizes."""
-    shapes = [example.token_sizes]
-    with contextlib.suppress(Decline):
-        shapes.insert(0, probe.shapes_for(example)[0])
-    return any(_runs(twin, *probe.draw(example, shape, seed, 1, dtype=dtype)) for shape in shapes)
-
-
-def _token_shape(example: probe.Example, module: nn.Module, experts: int, more: int) -> tuple[int, ...]:
-    """Token sizes of the analysis run: enough to reach every expert where experts are separate modules."""
-    shape = probe.shapes_for(example)[0]
-    stacked = any(p.dim() >= 3 for p in module.parameters())
-    heavy = sum(p.numel() for p in module.parameters()) > verify.HEAVY
-    need = (24 if stacked and heavy else 53 if stacked else max(53, 6 * experts)) * more
-    have = max(1, torch.Size(shape).numel()) ** example.repeats
-    return (math.ceil((need * shape[0] ** example.repeats / have) ** (1 / example.repeats)), *shape[1:]) if shape else shape
-
-
-def _source_line(cls: type) -> str:
-    """file:line of a class."""
-    try:
-        return f"{inspect.getsourcefile(cls) or '?'}:{inspect.getsourcelines(cls)[1]}"
-    except (OSError, TypeError):
-        return "?"
-
-
-def _best_reason(reasons: list[Decline], near: list[str], location: str) -> Decline:
-    """The verdict that came furthest, with the nearest miss. location: of the block."""
-    if reasons:
-        last = reasons[0]
-        return Decline(
-            f"a match was found but refuted: {last.reason}",
-            "; ".join(dict.fromkeys(r.reason for r in reasons[1:4])),
-            last.location,
-        )
-    notes = list(dict.fromkeys(near))
-    first = notes[0] if notes else "no parameters are used like experts"
-    return Decline("no routed experts: " + first, "; ".join(notes[1:4]), location)
 
 
 # ------------------------------------------------------------------------------------------------ the whole model
@@ -593,7 +382,7 @@ class Analyser:
         main = example.dtype if len(held) > 1 and example.dtype in held else None
         for dtype, kept in dict.fromkeys(((torch.float64, main), (torch.float64, None), (torch.float32, None))):
             twin = probe.probe_copy(module, self.options.seed, dtype, kept)
-            if _runs_on_some(twin, example, dtype, self.options.seed):
+            if runs_on_some(twin, example, dtype, self.options.seed):
                 return twin
         return probe.probe_copy(module, self.options.seed)  # capture says why it does not run
 
@@ -669,45 +458,10 @@ def _check_device(module: nn.Module, variant: Variant, example: probe.Example, g
 
     # the example's own dtype, unless it was one that only autocast made possible
     dtypes = list(dict.fromkeys(d for d in (example.dtype, parameter.dtype) if d.is_floating_point)) or [torch.float32]
-    dtype = next((d for d in dtypes[:-1] if _runs(module, *inputs(d))), dtypes[-1])
+    dtype = next((d for d in dtypes[:-1] if runs(module, *inputs(d))), dtypes[-1])
     args, kwargs = inputs(dtype)
     with probe.state_kept(module):
-        return _compare_on_device(module, variant, args, kwargs, dtype, gradients)
-
-
-def _compare_on_device(
-    module: nn.Module,
-    variant: Variant,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dtype: torch.dtype,
-    gradients: bool,
-) -> float:
-    """Relative error on the block's own weights; large parameters one at a time, so that few gradients are alive at once."""
-    device = next(module.parameters()).device
-    where = f"its own weights ({dtype}, {device.type})"
-    sizes = {n: p.numel() * p.element_size() for n, p in module.named_parameters() if p.is_floating_point()}
-    large = [n for n, size in sizes.items() if size > LARGE_BYTES]
-    rounds = [[n] for n in large] + [[n for n in sizes if n not in large]] if gradients else [[]]
-    if gradients:
-        variant.precompile(module, args, kwargs, rounds)
-    worst = 0.0
-    for wanted in rounds:
-        try:
-            run = lambda a, k: type(module).forward(module, *a, **k)  # noqa: E731
-            expected = verify.run_once(run, module, args, kwargs, gradients, wanted)
-        except Exception as error:
-            raise Decline(
-                f"the block does not run on {dtype} {device.type} inputs like its example: {error}"
-            ) from error
-        held = {n: None if g is None else g.cpu() for n, g in expected.gradients.items()}
-        expected = verify.Outcome(expected.outputs, held)
-        actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
-        outputs = [v for v in expected.outputs if isinstance(v, Tensor)]
-        low = precision([torch.zeros((), dtype=d) for d in (dtype, variant.lowest)] + outputs)
-        worst = max(worst, *verify.compare(expected, actual, verify.ON_DEVICE[low], where, overflows=True).values())
-        del expected, actual  # the next round's gradients take their memory
-    return worst
+        return compare_on_device(module, variant, args, kwargs, dtype, gradients)
 
 
 def _signature(example: probe.Example) -> Any:

@@ -38,6 +38,7 @@ if __name__ == "__main__":  # from a checkout: tests/ is on the path, the folder
 from moefx.passes import splice
 
 import moefx.backend
+from moefx import graph_nodes
 from moefx.errors import InputError
 from moefx.region_op import REGIONS
 from moefx.report import GRAPHS
@@ -935,7 +936,7 @@ def test_beside_transforms_of_torch_func_regions_are_found(spy: Spy) -> None:
 def test_a_run_that_stops_inside_of_a_transform_leaves_it() -> None:
     from torch._functorch.predispatch import _vmap_increment_nesting
 
-    with pytest.raises(ValueError, match="stop"), moefx.backend._transforms_left():
+    with pytest.raises(ValueError, match="stop"), graph_nodes.transforms_left():
         _vmap_increment_nesting(3, "error")
         raise ValueError("stop")
     assert not torch._C._functorch.get_interpreter_stack()
