@@ -13,7 +13,7 @@ from moefx.build import NOT_WORTH_A_CHUNK, PHASES, ParallelPlans, compile_parall
 from moefx.costs import BlockTimes, Sizes
 from moefx.exchange import Wire
 from moefx.ir import Region
-from moefx.measured import block_times, measure
+from moefx.measured import Runs, block_times, measure
 from moefx.options import Options
 from moefx.parallel_region import ParallelRegion
 from moefx.profile import Profile
@@ -58,25 +58,26 @@ def plans_for(
     plans = plans_of(options)
     if not options.measured or "auto" not in options.degrees:
         return plans
-    chosen = plans.schedules[0].degree, plans.schedules[1].degree
-    around = [sorted({r for degree in chosen for r in candidates(degree, sizes.capacity)})]  # ranks differ in sizes
+    decided = plans.schedules[0].degree, plans.schedules[1].degree
+    around = [sorted({r for degree in decided for r in candidates(degree, sizes.capacity)})]  # ranks differ in sizes
     dist.broadcast_object_list(around, dist.get_global_rank(wire.group, 0), wire.group)
     trained = {name for name, p in params.items() if p.requires_grad}
 
-    def measured(degrees: Iterable[Degrees]) -> dict[str, dict[Degrees, float]]:
+    def measured(degrees: Iterable[Degrees]) -> dict[str, dict[Degrees, Runs]]:
         """Without capacity: rows that are spread evenly overflow nothing."""
         made = {(f, b): plans_of(replace(options, degree=f, backward_degree=b, capacity=None)) for f, b in degrees}
         dropless = replace(wire, capacity=None)
         regions = {d: ParallelRegion(region, local, p, options.kernels, dropless) for d, p in made.items()}
         return measure(regions, params, trained, tokens, wire.group)
 
-    seconds = measured((r, r) for r in around[0])
-    by_degree = [{r: s for (r, _), s in of.items()} for of in seconds.values()]
-    told = [_told(phase, {f"r={r}": s for r, s in of.items()}) for phase, of in zip(PHASES, by_degree)]
-    forward, backward = (given if given != "auto" else fastest(of) for given, of in zip(options.degrees, by_degree))
+    by_degree = [{r: runs for (r, _), runs in of.items()} for of in measured((r, r) for r in around[0]).values()]
+    told = [_told(phase, {f"r={r}": runs.median_s for r, runs in of.items()}) for phase, of in zip(PHASES, by_degree)]
+    forward, backward = (
+        given if given != "auto" else fastest(of, r) for given, of, r in zip(options.degrees, by_degree, decided)
+    )
     if forward != backward and options.degrees == ("auto", "auto"):  # rows are cut anew between the phases, which is not free
         both = measured([(forward, forward), (forward, backward), (backward, backward)])
-        step = {d: sum(of[d] for of in both.values()) for d in both["forward"]}
+        step = {d: sum(of[d].median_s for of in both.values()) for d in both["forward"]}
         forward, backward = min(step, key=lambda d: step[d])
         told.append(_told("step", {f"r={f}/{b}": s for (f, b), s in step.items()}))
     return replace(plans_of(replace(options, degree=forward, backward_degree=backward)), measured=tuple(told))
@@ -91,10 +92,12 @@ def candidates(chosen: int, capacity: int) -> list[int]:
     return sorted({r for r in (1, 2, 3, 4, 8, chosen, chosen // 2, 2 * chosen) if 1 <= r <= max(1, capacity)})
 
 
-def fastest(seconds: Mapping[int, float]) -> int:
-    """The least degree that is not worth exchanging for a faster one."""
-    least = min(seconds.values())
-    return min(r for r, s in seconds.items() if s <= (1 + NOT_WORTH_A_CHUNK) * least)
+def fastest(runs: Mapping[int, Runs], decided: int) -> int:
+    """The degree that the costs decided on, if none ran faster beyond doubt; else the least of those that ran as fast as any."""
+    best = min(runs.values(), key=lambda r: r.median_s)
+    limit = replace(best, median_s=(1 + NOT_WORTH_A_CHUNK) * best.median_s)
+    as_fast = [r for r, of in runs.items() if of.no_slower(limit)]
+    return decided if decided in as_fast else min(as_fast)
 
 
 def _matrices(region: Region) -> int:

@@ -33,6 +33,25 @@ ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 15, 3.0
 MANY = 4  # chunks of the plan that shows what a chunk adds
 
 
+@dataclass(frozen=True)
+class Runs:
+    """The median of some runs, each on the slowest rank, and the standard error that their scatter leaves it, in seconds."""
+
+    median_s: float
+    error_s: float = 0.0
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Runs:
+        """The scatter by the median of absolute deviations, which a few slow runs do not change."""
+        median = statistics.median(seconds)
+        scatter = 1.4826 * statistics.median(abs(s - median) for s in seconds)
+        return Runs(median, 1.2533 * scatter / len(seconds) ** 0.5)
+
+    def no_slower(self, other: Runs) -> bool:
+        """Whether it is not slower than `other`, or by no more than two standard errors."""
+        return self.median_s - other.median_s <= 2 * (self.error_s**2 + other.error_s**2) ** 0.5
+
+
 class AtOnce:
     """An all-to-all that takes no time, to measure what a plan takes beside it: the rows that leave stand for those that come,
     in the same memory, and zeros where there are too few.
@@ -89,10 +108,13 @@ def block_times(
     rows, counts = torch.zeros(wire.ranks, region.d_model, device=device), [1] * wire.ranks
     exchange = lambda: wire.all_to_all.start(rows, counts, counts).wait()  # noqa: E731
     exchanges = [_timed(exchange, device, wire.group)[0] for _ in range(ROUNDS + 1)]
-    least = _slowest({1: statistics.median(exchanges[1:])}, device, wire.group)[1]
+    least = _slowest(statistics.median(exchanges[1:]), device, wire.group)
     seconds = measure(regions, params, set(params), tokens, wire.group)
-    chunk = {phase: max(0.0, of[MANY] - of[1]) / (MANY - 1) for phase, of in seconds.items()}
-    return {phase: BlockTimes(max(0.0, of[1] - 2 * least), chunk[phase], least) for phase, of in seconds.items()}
+    times = {phase: (of[1].median_s, of[MANY].median_s) for phase, of in seconds.items()}
+    return {
+        phase: BlockTimes(max(0.0, one - 2 * least), max(0.0, many - one) / (MANY - 1), least)
+        for phase, (one, many) in times.items()
+    }
 
 
 def measure(
@@ -101,8 +123,8 @@ def measure(
     trained: Collection[str],
     tokens: int,
     group: dist.ProcessGroup,
-) -> dict[str, dict[Name, float]]:
-    """By phase, seconds of each region, by its name: medians of the slowest rank, all of them in turns. All ranks call it.
+) -> dict[str, dict[Name, Runs]]:
+    """By phase, what each region took, by its name, all of them in turns. All ranks call it.
 
     params: this rank's, by name. trained: those whose gradients are wanted. tokens: of this rank. No capacity: rows that are
     spread evenly overflow nothing.
@@ -133,11 +155,12 @@ def measure(
                 seconds["forward"][name].append(forward_s)
                 seconds["backward"][name].append(backward_s)
         if turn == 1:  # the first one also prepares
-            turn_s = _slowest({"": time.perf_counter() - began}, device, group)[""]
+            turn_s = _slowest(time.perf_counter() - began, device, group)
             turns = 1 + min(MOST_ROUNDS, max(ROUNDS, int(MEASURED_S / turn_s)))
         turn += 1
-    medians = {phase: {name: statistics.median(runs) for name, runs in of.items()} for phase, of in seconds.items()}
-    return {phase: _slowest(of, device, group) for phase, of in medians.items()}
+    slowest = torch.tensor([list(of.values()) for of in seconds.values()], device=device)  # [phases, regions, rounds]
+    dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
+    return {phase: dict(zip(regions, map(Runs.of, runs))) for phase, runs in zip(seconds, slowest.tolist())}
 
 
 def _timed(run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup) -> tuple[float, Any]:
@@ -154,7 +177,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _slowest(seconds: Mapping[Name, float], device: torch.device, group: dist.ProcessGroup) -> dict[Name, float]:
-    values = torch.tensor(list(seconds.values()), device=device, dtype=torch.float32)
-    dist.all_reduce(values, dist.ReduceOp.MAX, group)
-    return dict(zip(seconds, values.tolist()))
+def _slowest(seconds: float, device: torch.device, group: dist.ProcessGroup) -> float:
+    value = torch.tensor(seconds, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group)
+    return float(value)
