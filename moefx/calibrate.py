@@ -303,11 +303,15 @@ def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
         samples: list[Sample] = []
         for size in _progress(probe, probe.scales()):
             work, units = probe.make(size)
+            missing = torch.zeros((), device=device)
             try:
                 work()
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError):  # the backend has no such collective, on any rank
+            except (RuntimeError, NotImplementedError):  # the backend has no such collective
+                missing += 1
+            dist.all_reduce(missing, dist.ReduceOp.MAX)  # all ranks leave it out, or none
+            if missing:
                 break
             once = torch.tensor(seconds_of(work, device, 1), device=device)
             dist.all_reduce(once, dist.ReduceOp.MAX)
