@@ -217,8 +217,9 @@ class Recorder(TorchDispatchMode):
         return name
 
     def _constant(self, value: Any) -> str:
-        same = (lambda known: known is value) if callable(value) else (lambda known: type(known) is type(value) and known == value)
-        name = next((n for n, known in self.known.items() if same(known)), None)
+        """A name for a value that stays; equal ones, such as the shapes of descriptors, share it."""
+        alike = (n for n, known in self.known.items() if known is value or repr(known) == repr(value) and not callable(value))
+        name = next(alike, None)
         if name is None:
             name = f"c{len(self.known)}"
             self.known[name] = value

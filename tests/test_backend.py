@@ -38,7 +38,7 @@ if __name__ == "__main__":  # from a checkout: tests/ is on the path, the folder
 from moefx.passes import splice
 
 import moefx.backend
-from moefx import graph_nodes
+from moefx import graph_analysis, graph_nodes
 from moefx.errors import InputError
 from moefx.region_op import REGIONS
 from moefx.report import GRAPHS
@@ -354,7 +354,7 @@ def test_a_number_that_follows_from_the_sizes_is_kept(fixed_sizes: list[splice.F
 
 def test_a_graph_fixed_to_very_many_tokens_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its numbers are not clear: probing it on all of them would take minutes."""
-    monkeypatch.setattr(moefx.backend, "MOST_TOKENS", 256)
+    monkeypatch.setattr(graph_analysis, "MOST_TOKENS", 256)
     model = Limited()
     compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=False, options=INNER)
     torch.testing.assert_close(compiled(tokens(3, 97)), model(tokens(3, 97)))
