@@ -208,7 +208,7 @@ def described(tensor: torch.Tensor, block: Sequence[int]) -> TensorDescriptor | 
     strides in multiples of 16 bytes, nothing empty. Blocks that reach over an edge are filled with zeros, and are not
     written there.
     """
-    return _descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)) if _fits(tensor) else None
+    return descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block)) if _fits(tensor) else None
 
 
 def described_rows(rows: torch.Tensor, block: Sequence[int]) -> TensorDescriptor | None:
@@ -220,13 +220,14 @@ def described_rows(rows: torch.Tensor, block: Sequence[int]) -> TensorDescriptor
         return None
     stride = rows.stride(0)
     shape, strides = [0x7FFF0000, 0x7FFF0000, 1 << 30, rows.shape[1]], [(1 << 34) - stride, stride, stride, 1]
-    return _descriptor(rows, shape, strides, [1, 1, *block])
+    return descriptor(rows, shape, strides, [1, 1, *block])
 
 
-def _descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
-    """Without the constructor, which checks anew what `_fits` has checked and takes most of a launch's time."""
+def descriptor(base: Any, shape: list[int], strides: list[int], block: list[int], padding: str = "zero") -> TensorDescriptor:
+    """Without the constructor, which checks anew what `_fits` has checked and takes most of a launch's time. base: a tensor, or
+    what has a `data_ptr` as one."""
     made: TensorDescriptor = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape, made.padding = base, shape, strides, block, "zero"
+    made.base, made.shape, made.strides, made.block_shape, made.padding = base, shape, strides, block, padding
     return made
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+from moefx.codegen import triton_launch
 from moefx.codegen import triton_relaunch as relaunch
 from moefx.codegen.triton_launch import compiling, float32_precision, interpreted
 from torch import Tensor
@@ -55,9 +56,7 @@ class Address:
 
 def descriptor(at: int, shape: list[int], strides: list[int], block: list[int], padding: str) -> TensorDescriptor:
     """A descriptor of memory that starts at an address."""
-    made: TensorDescriptor = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape, made.padding = Address(at), shape, strides, block, padding
-    return made
+    return triton_launch.descriptor(Address(at), shape, strides, block, padding)
 
 
 class Tapes:

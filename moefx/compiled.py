@@ -54,6 +54,7 @@ class CompiledRegion:
         self.notes: tuple[str, ...] = ()
         self._kernels: dict[str, Any] | None = None
         self._tapes: Any = None
+        self._straight = all(len(schedule.lanes) == 1 for schedule in schedules)
         self.without_kernel: dict[str, str] = {}
 
     @property
@@ -137,8 +138,7 @@ class CompiledRegion:
     ) -> Made:
         """What an emitted function makes; from its tape, where the kernels have such a thing and it runs on one lane."""
         make = ops_for(device.type, self.kernels).get("Tapes")
-        straight = all(len(schedule.lanes) == 1 for schedule in self.schedules)
-        if make is None or not straight or self.delays is not None or self._kernels is None or self.without_kernel:
+        if make is None or not self._straight or self.delays is not None or self._kernels is None or self.without_kernel:
             return body()
         if self._tapes is None:
             self._tapes = make()

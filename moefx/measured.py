@@ -129,8 +129,7 @@ def measure(
     params: this rank's, by name. trained: those whose gradients are wanted. tokens: of this rank. No capacity: rows that are
     spread evenly overflow nothing.
     """
-    some = next(iter(regions.values()))
-    region, parameter = some.region, next(iter(params.values()))
+    region, parameter = next(iter(regions.values())).region, next(iter(params.values()))
     device, dtype = parameter.device, parameter.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, region.d_model, generator=generator).to(device, dtype)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layer import milliseconds
 from multi_gpu import GRACE_S, GROUP_TIMEOUT_S, Result, begun_rows
 
 
@@ -148,10 +149,4 @@ class Bench:
             for _ in range(repeats):
                 work()
             return (time.perf_counter() - began) / repeats
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            work()
-        end.record()
-        end.synchronize()
-        return 1e-3 * start.elapsed_time(end) / repeats
+        return 1e-3 * milliseconds(work, repeats)
