@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import cdiv, launch, on_device, power_of_2
+from moefx.codegen.triton_launch import cdiv, compiling, launch, on_device, power_of_2
 
 BLOCK = 256
 GROUPS = 64
@@ -90,9 +90,10 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
 
     before = ids.new_empty((groups * group_blocks, bins), dtype=torch.int32)
     counts = ids.new_empty((groups, bins), dtype=torch.int32)
-    order = ids.new_empty(slots, dtype=torch.int64)
-    offsets = ids.new_empty(experts + 1, dtype=torch.int32)
-    position = torch.empty_like(ids, dtype=torch.int64)
+    allocate = ids.new_zeros if compiling() else ids.new_empty  # what takes rows by these numbers runs in either case
+    order = allocate(slots, dtype=torch.int64)
+    offsets = allocate(experts + 1, dtype=torch.int32)
+    position = allocate(ids.shape, dtype=torch.int64)
     with on_device(ids):
         launch(count_kernel, (groups,), ids, before, counts, slots, group_blocks, experts, BLOCK=BLOCK, BINS=bins)
         launch(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from moefx.codegen import triton_launch, triton_route
 from moefx.codegen.triton_launch import cdiv, described, described_rows
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -42,3 +43,15 @@ def test_what_the_copy_engine_does_not_take(tensor: torch.Tensor) -> None:
 
 def test_rounding_up() -> None:
     assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_rows_exist_while_kernels_are_only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan's own indexing runs then too, by numbers that no kernel has written."""
+    monkeypatch.setattr(triton_launch, "_compiled", [])
+    monkeypatch.setattr(triton_route, "launch", lambda *_, **__: None)
+    taken = [torch.full((99,), 1 << 40) for _ in range(8)]
+    del taken  # memory that is likely to be given next
+    order, offsets, position = triton_route.route(torch.zeros(33, 3, dtype=torch.int64), 5)
+    rows = torch.arange(99)
+    assert not (rows[order].any() or rows[position.reshape(-1)].any() or offsets.any())
+    assert (order.shape, offsets.shape, position.shape) == ((99,), (6,), (33, 3))

@@ -37,6 +37,7 @@ class Throttled(Pipe):
     def __init__(self, group: dist.ProcessGroup, topology: Topology) -> None:
         super().__init__(group, topology)
         self.link = torch.cuda.Stream() if dist.get_backend(group) == "nccl" else None
+        self._hosts: dict[int, Tensor] = {}  # by peer: pinned memory, which the link's stream uses for one message at a time
 
     def start(
         self, send: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], all_rows: Any = None
@@ -57,13 +58,19 @@ class Throttled(Pipe):
         with torch.cuda.stream(self.link):
             if self.one_by_one:
                 within.wait()
-            hosts = {p: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for p, t in leaving.items()}
+            hosts = {peer: self._host(peer, rows_of) for peer, rows_of in leaving.items()}
             for peer, host in hosts.items():
                 host.copy_(leaving[peer], non_blocking=True)
             staged = {peer: host.to(send.device, non_blocking=True) for peer, host in hosts.items()}
             between = Messages(self.group, staged, arriving, tag)
             done = self.link.record_event()
-        return ThroughHosts(rows, [within, between], done, [*hosts.values(), *staged.values()])
+        return ThroughHosts(rows, [within, between], done, list(staged.values()))
+
+    def _host(self, peer: int, like: Tensor) -> Tensor:
+        """Host memory for `like`, kept from message to message: pinning some takes longer than the message."""
+        if peer not in self._hosts or self._hosts[peer].numel() < like.nbytes:
+            self._hosts[peer] = torch.empty(2 * like.nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._hosts[peer][: like.nbytes].view(like.dtype).view(like.shape)
 
 
 class OneByOne(Throttled):
@@ -84,8 +91,7 @@ class ThroughHosts:
             here = torch.cuda.current_stream(self.rows.device)
             here.wait_event(self.done)
             for tensor in self.held:
-                if tensor.is_cuda:
-                    tensor.record_stream(here)
+                tensor.record_stream(here)
         return self.rows
 
 

@@ -148,10 +148,8 @@ def beside(region: Any, reserve: int) -> Iterator[None]:
 def compile_kernels(regions: Iterable[Any], params: dict[str, Tensor], batch: Batch, reserve: int = 0) -> None:
     """All kernels of these plans at once, instead of one after the other when they first run."""
     for region in regions:
-        # Nothing runs meanwhile, so orders of rows are arbitrary: no plan may pick rows by them.
-        if region.degrees[0] == region.degrees[1] and region.wire.capacity is None:
-            with beside(region, reserve):
-                region.precompile(batch.x, batch.ids, batch.w, params, [list(params)])
+        with beside(region, reserve):
+            region.precompile(batch.x, batch.ids, batch.w, params, [list(params)])
 
 
 def step(region: Any, params: dict[str, Tensor], batch: Batch, reserve: int = 0) -> Callable[[], None]:
