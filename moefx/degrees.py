@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,12 +13,13 @@ from moefx.build import NOT_WORTH_A_CHUNK, PHASES, ParallelPlans, compile_parall
 from moefx.costs import BlockTimes, Sizes
 from moefx.exchange import Wire
 from moefx.ir import Region
-from moefx.measured import Runs, block_times, measure
+from moefx.measured import STEP, Runs, block_times, measure
 from moefx.options import Options
 from moefx.parallel_region import ParallelRegion
 from moefx.profile import Profile
 
 Degrees = tuple[int, int]  # of forward and backward
+Chosen = TypeVar("Chosen", int, Degrees)
 
 
 def plans_for(
@@ -70,21 +71,22 @@ def plans_for(
         regions = {d: ParallelRegion(region, local, p, options.kernels, dropless) for d, p in made.items()}
         return measure(regions, params, trained, tokens, wire.group)
 
-    by_degree = [{r: runs for (r, _), runs in of.items()} for of in measured((r, r) for r in around[0]).values()]
-    told = [_told(phase, {f"r={r}": runs.median_s for r, runs in of.items()}) for phase, of in zip(PHASES, by_degree)]
+    alone = measured((r, r) for r in around[0])
+    by_degree = {phase: {r: runs for (r, _), runs in alone[phase].items()} for phase in PHASES}
+    told = [_told(phase, of) for phase, of in by_degree.items()]
     forward, backward = (
-        given if given != "auto" else fastest(of, r) for given, of, r in zip(options.degrees, by_degree, decided)
+        given if given != "auto" else fastest(of, r) for given, of, r in zip(options.degrees, by_degree.values(), decided)
     )
-    if forward != backward and options.degrees == ("auto", "auto"):  # rows are cut anew between the phases, which is not free
-        both = measured([(forward, forward), (forward, backward), (backward, backward)])
-        step = {d: sum(of[d].median_s for of in both.values()) for d in both["forward"]}
-        forward, backward = min(step, key=lambda d: step[d])
-        told.append(_told("step", {f"r={f}/{b}": s for (f, b), s in step.items()}))
+    pairs = dict.fromkeys([decided, (forward, backward), (forward, forward), (backward, backward)])
+    if len(pairs) > 1 and options.degrees == ("auto", "auto"):  # where they differ, rows are cut anew between the phases
+        steps = measured(pairs)[STEP]
+        forward, backward = fastest(steps, decided)
+        told.append(_told(STEP, {f"{f}/{b}": runs for (f, b), runs in steps.items()}))
     return replace(plans_of(replace(options, degree=forward, backward_degree=backward)), measured=tuple(told))
 
 
-def _told(what: str, seconds: Mapping[str, float]) -> str:
-    return f"{what} measured: {', '.join(f'{name} {1e3 * s:.3g} ms' for name, s in seconds.items())}"
+def _told(what: str, runs: Mapping[Any, Runs]) -> str:
+    return f"{what} measured: {', '.join(f'r={degree} {1e3 * of.median_s:.3g} ms' for degree, of in runs.items())}"
 
 
 def candidates(chosen: int, capacity: int) -> list[int]:
@@ -92,8 +94,8 @@ def candidates(chosen: int, capacity: int) -> list[int]:
     return sorted({r for r in (1, 2, 3, 4, 8, chosen, chosen // 2, 2 * chosen) if 1 <= r <= max(1, capacity)})
 
 
-def fastest(runs: Mapping[int, Runs], decided: int) -> int:
-    """The degree that the costs decided on, if none ran faster beyond doubt; else the least of those that ran as fast as any."""
+def fastest(runs: Mapping[Chosen, Runs], decided: Chosen) -> Chosen:
+    """What the costs decided on, if nothing ran faster beyond doubt; else the least degree of those that ran as fast as any."""
     best = min(runs.values(), key=lambda r: r.median_s)
     limit = replace(best, median_s=(1 + NOT_WORTH_A_CHUNK) * best.median_s)
     as_fast = [r for r, of in runs.items() if of.no_slower(limit)]

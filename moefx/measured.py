@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ Name = TypeVar("Name", bound=Hashable)
 # Rounds that are measured, after one that is not: more where they are short, and noise is larger.
 ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 15, 3.0
 MANY = 4  # chunks of the plan that shows what a chunk adds
+STEP = "step"  # forward, and backward right behind it
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,11 @@ def block_times(
         regions[degree] = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=at_once))
     device = next(iter(params.values())).device
     rows, counts = torch.zeros(wire.ranks, region.d_model, device=device), [1] * wire.ranks
-    exchange = lambda: wire.all_to_all.start(rows, counts, counts).wait()  # noqa: E731
-    exchanges = [_timed(exchange, device, wire.group)[0] for _ in range(ROUNDS + 1)]
+    exchange = lambda _: wire.all_to_all.start(rows, counts, counts).wait()  # noqa: E731
+    exchanges = [_timed([exchange], device, wire.group)[0] for _ in range(ROUNDS + 1)]
     least = _slowest(statistics.median(exchanges[1:]), device, wire.group)
     seconds = measure(regions, params, set(params), tokens, wire.group)
-    times = {phase: (of[1].median_s, of[MANY].median_s) for phase, of in seconds.items()}
+    times = {phase: (seconds[phase][1].median_s, seconds[phase][MANY].median_s) for phase in PHASES}
     return {
         phase: BlockTimes(max(0.0, one - 2 * least), max(0.0, many - one) / (MANY - 1), least)
         for phase, (one, many) in times.items()
@@ -124,56 +125,72 @@ def measure(
     tokens: int,
     group: dist.ProcessGroup,
 ) -> dict[str, dict[Name, Runs]]:
-    """By phase, what each region took, by its name, all of them in turns. All ranks call it.
+    """By phase and for the STEP of both, what each region took, by its name, all of them in turns. All ranks call it.
 
     params: this rank's, by name. trained: those whose gradients are wanted. tokens: of this rank. No capacity: rows that are
     spread evenly overflow nothing.
     """
     region, parameter = next(iter(regions.values())).region, next(iter(params.values()))
     device, dtype = parameter.device, parameter.dtype
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, region.d_model, generator=generator).to(device, dtype)
-    gy = torch.randn(tokens, region.d_out, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    widths = region.d_model, region.d_out
+    x, gy = (torch.randn(tokens, width, generator=generator, device=device, dtype=dtype) for width in widths)
     ids = (torch.arange(tokens, device=device)[:, None] + torch.arange(region.top_k, device=device)) % region.experts
     w = torch.full(ids.shape, 1 / region.top_k, dtype=dtype, device=device)
     if experts_of(region.experts, group.size(), group.size() - 1):  # else a rank has nothing to compile, and others wait for it
         for compiled in regions.values():
             names = compiled.binder.names
             compiled.precompile(x, ids, w, {n: params[n].detach() for n in names}, [[n for n in names if n in trained]])
-    seconds: dict[str, dict[Name, list[float]]] = {phase: {name: [] for name in regions} for phase in PHASES}
-    turn, turns = 0, ROUNDS + 1
-    while turn < turns:
+    steps = [_step(compiled, x, ids, w, gy, params, trained) for compiled in regions.values()]
+    rounds: list[list[tuple[float, float, float]]] = []  # of all regions: forward, backward, both
+    turns = 1 + ROUNDS
+    while len(rounds) < turns:
         began = time.perf_counter()
-        for name, compiled in regions.items():
-            tensors = [params[n].detach() for n in compiled.binder.names]
-            wanted = [n in trained for n in compiled.binder.names]
-            forward_s, (_, saved) = _timed(partial(compiled.run_forward, x, ids, w, tensors, None), device, group)
-            backward = partial(compiled.run_backward, saved, gy, tensors, wanted, True, None)
-            backward_s, _ = _timed(backward, device, group)
-            if turn:
-                seconds["forward"][name].append(forward_s)
-                seconds["backward"][name].append(backward_s)
-        if turn == 1:  # the first one also prepares
+        rounds.append([])
+        for step in steps:
+            forward_s, backward_s = _timed(step, device, group)
+            rounds[-1].append((forward_s, backward_s, forward_s + backward_s))
+        if len(rounds) == 2:  # the first one also prepares
             turn_s = _slowest(time.perf_counter() - began, device, group)
             turns = 1 + min(MOST_ROUNDS, max(ROUNDS, int(MEASURED_S / turn_s)))
-        turn += 1
-    slowest = torch.tensor([list(of.values()) for of in seconds.values()], device=device)  # [phases, regions, rounds]
+    slowest = torch.tensor(rounds[1:], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
-    return {phase: dict(zip(regions, map(Runs.of, runs))) for phase, runs in zip(seconds, slowest.tolist())}
+    by_what = slowest.permute(2, 1, 0).tolist()  # [3, regions, rounds]
+    return {what: dict(zip(regions, map(Runs.of, runs))) for what, runs in zip((*PHASES, STEP), by_what)}
 
 
-def _timed(run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup) -> tuple[float, Any]:
+def _step(
+    compiled: ParallelRegion, x: Tensor, ids: Tensor, w: Tensor, gy: Tensor, params: Mapping[str, Tensor], trained: Collection[str]
+) -> Sequence[Callable[[Any], Any]]:
+    """Forward, and backward of what that saved."""
+    names = compiled.binder.names
+    tensors, wanted = [params[n].detach() for n in names], [n in trained for n in names]
+    return (
+        lambda _: compiled.run_forward(x, ids, w, tensors, None)[1],
+        lambda saved: compiled.run_backward(saved, gy, tensors, wanted, True, None),
+    )
+
+
+def _timed(calls: Sequence[Callable[[Any], Any]], device: torch.device, group: dist.ProcessGroup) -> list[float]:
+    """Seconds of calls right behind one another, as in a step, each of which is given what the one before it gave. On a GPU
+    they are those of its stream, since the host is ahead of it."""
     dist.barrier(group)
-    _synchronise(device)
-    began = time.perf_counter()
-    result = run()
-    _synchronise(device)
-    return time.perf_counter() - began, result
-
-
-def _synchronise(device: torch.device) -> None:
+    result, marks = None, [_now(device)]
+    for call in calls:
+        result = call(result)
+        marks.append(_now(device))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        return [1e-3 * a.elapsed_time(b) for a, b in pairwise(marks)]
+    return [b - a for a, b in pairwise(marks)]
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record(torch.cuda.current_stream(device))
+    return mark
 
 
 def _slowest(seconds: float, device: torch.device, group: dist.ProcessGroup) -> float:

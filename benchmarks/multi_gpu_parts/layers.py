@@ -104,6 +104,7 @@ def layer_row(bench: Bench, shape: Shape, tokens: int, all_to_all: str = "direct
         "predicted": f"{1e3 * predicted['auto']:.2f} ({100 * (predicted['auto'] / seconds['auto'] - 1):+.0f} %)",
         "costs alone": f"{'/'.join(map(str, plans['costs'][0].degrees))}, regret {100 * regret['costs']:.1f} %",
         "_seconds": seconds, "_compute": compute, "_predicted": predicted, "_regret": regret["auto"],
+        "_measured": plans["auto"][0].measured,
         "_times": {phase: asdict(t) for phase, t in spread.times[tokens].items()},
     }  # fmt: skip
 
