@@ -25,7 +25,7 @@ from moefx.codegen.triton_grouped import (
 from moefx.codegen.triton_launch import interpreted, only_compiling, supports
 from moefx.codegen.triton_permute import combine, combine_backward, expert_rows, expert_sum, gather_rows, rows_backward
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
-from moefx.codegen.triton_route import route
+from moefx.codegen.triton_route import regroup, route
 from moefx.codegen.triton_tape import Tapes
 from torch import Tensor
 
@@ -50,6 +50,7 @@ OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
     for op in (
         route,
+        regroup,
         gather_rows,
         rows_backward,
         grouped_linear,

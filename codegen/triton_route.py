@@ -102,3 +102,40 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
             BLOCK=BLOCK, BINS=bins, STEP=32, GROUP_STEP=power_of_2(8192 // bins, least=8, most=GROUPS),
         )  # fmt: skip
     return order, offsets, position
+
+
+@triton.jit
+def regroup_kernel(
+    received, order, offsets, position, experts, cells,
+    CELLS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes order [R], position [R] and offsets [experts + 1]. Grid (cells, any number): the programs of a cell take turns."""
+    cell = tl.program_id(0)
+    rank, expert = cell // experts, cell % experts
+    others = tl.arange(0, CELLS)
+    rows = tl.load(received + others, mask=others < cells, other=0)
+    of_rank, of_expert = others // experts, others % experts
+    count = tl.load(received + cell)
+    lies = tl.sum(tl.where(others < cell, rows, 0), axis=0)
+    goes = tl.sum(tl.where((of_expert < expert) | ((of_expert == expert) & (of_rank < rank)), rows, 0), axis=0)
+    if (tl.program_id(1) == 0) & (rank == 0):  # the first rows of an expert
+        tl.store(offsets + expert, goes.to(tl.int32))
+        if expert == 0:
+            tl.store(offsets + experts, tl.sum(rows, axis=0).to(tl.int32))
+    for start in range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(order + goes + i, lies + i, mask=i < count)
+        tl.store(position + lies + i, goes + i, mask=i < count)
+
+
+def regroup(received: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """received [P, E] int64 -> order [rows] int64, offsets [E+1] int32, position [rows, 1] int64; see `moefx.ops.regroup`."""
+    ranks, experts = received.shape
+    received, cells = received.contiguous(), ranks * experts
+    allocate = received.new_zeros if compiling() else received.new_empty
+    order, position = allocate(rows), allocate(rows, 1)
+    offsets = allocate(experts + 1, dtype=torch.int32)
+    with on_device(received):
+        grid = cells, min(8, max(1, cdiv(rows, cells * BLOCK)))
+        launch(regroup_kernel, grid, received, order, offsets, position, experts, cells, CELLS=power_of_2(cells), BLOCK=BLOCK)
+    return order, offsets, position

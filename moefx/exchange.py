@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -53,19 +54,19 @@ class Wire:
     layer: str = "the layer"
     capacity: int | None = None
 
-    @property
+    @cached_property
     def ranks(self) -> int:
         return self.group.size()
 
-    @property
+    @cached_property
     def held(self) -> range:
         return experts_of(self.experts, self.ranks, self.group.rank())
 
-    @property
+    @cached_property
     def most(self) -> int:
         return -(-self.experts // self.ranks)
 
-    @property
+    @cached_property
     def wants_all_rows(self) -> bool:
         """Whether the all-to-all asks for the rows between all pairs of ranks."""
         return getattr(self.all_to_all, "wants_all_rows", False)
@@ -129,8 +130,7 @@ class ParallelRuntime(Runtime):
     def arrive(self, exchange: Exchange) -> Tensor:
         """The rows of an exchange; CommunicationError says in which layer, task and chunk it failed, and because of whom."""
         rows = self._wait(exchange)
-        if rows.is_cuda:
-            rows.record_stream(torch.cuda.current_stream(rows.device))
+        self.hold(rows)
         return rows
 
     def _wait(self, exchange: Exchange) -> Tensor:
@@ -205,7 +205,9 @@ class Counted(ParallelRuntime):
             received, pairs = told[:, :, self.wire.group.rank()], told.sum(3).transpose(0, 1)
         else:
             received, pairs = self._tell(rows.transpose(0, 1)), rows.new_empty(cells, 0)
-        parts = (rows.flatten(1)[:, : self.wire.experts], received[..., :held].transpose(0, 1), pairs)
+        received = received[..., :held].transpose(0, 1)  # [cells, P, e]
+        self._made[self._lane, "there"] = self._by_chunk(received.view(forward, cells // forward, ranks, held))
+        parts = (rows.flatten(1)[:, : self.wire.experts], received, pairs)
         return torch.cat([part.flatten(1) for part in parts], 1).cpu().view(forward, cells // forward, -1)
 
     def parts(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -224,65 +226,58 @@ class Counted(ParallelRuntime):
         return splits
 
     def _splits(self, counts: Tensor) -> list[tuple[Rows, Rows, list[Rows] | None]]:
-        sent, received, pairs = self.parts(counts)
-        ranks = self.wire.ranks
-        mine = torch.nn.functional.pad(self._by_chunk(sent), (0, ranks * self.wire.most - self.wire.experts))
-        leaving, coming = mine.unflatten(1, (ranks, -1)).sum(2).tolist(), self._by_chunk(received).sum(2).tolist()
-        known = [None] * len(leaving) if pairs is None else self._by_chunk(pairs).tolist()
-        return list(zip(leaving, coming, known))
+        experts, ranks, most, held = self.wire.experts, self.wire.ranks, self.wire.most, len(self.wire.held)
+        pairs = experts + ranks * held  # where they begin
+        return [
+            (
+                [sum(rows[min(p * most, experts) : min((p + 1) * most, experts)]) for p in range(ranks)],
+                [sum(rows[i : i + held]) for i in range(experts, pairs, held)] if held else [0] * ranks,
+                [rows[i : i + ranks] for i in range(pairs, len(rows), ranks)] or None,
+            )
+            for rows in self._by_chunk(counts).tolist()
+        ]
 
     # -------------------------------------------------------------------------------------------- orders
 
     def regroup(self, counts: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """order [R], offsets [e+1], position [R, 1] that bring rows by (source rank, expert) into the order of experts."""
-        return self._made_once((self._lane, "orders"), lambda: self._orders(counts, None))[chunk]  # type: ignore[no-any-return]
+        rows = sum(self.splits(counts, chunk)[1])
+        there = self._made_once((self._lane, "there"), lambda: self._upload(self._by_chunk(self.parts(counts)[1])))
+        result: tuple[Tensor, Tensor, Tensor] = self.ops["regroup"](there[chunk], rows)
+        return result
 
     def regroup_picked(
         self, counts: Tensor, rorder_all: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """For a chunk of backward alone: `regroup` of its gradients; then, of each of its rows in the order of experts, the
         number among all rows that arrived in forward, and among all that forward had in the order of experts."""
-        return self._made_once((self._lane, "picked"), lambda: self._orders(counts, rorder_all))[chunk]  # type: ignore[no-any-return]
+        picked = self._made_once((self._lane, "picked"), lambda: self._picked(counts, rorder_all))[chunk]
+        return (*self.regroup(counts, chunk), *picked)
 
-    def _orders(self, counts: Tensor, rorder_all: Tensor | None) -> list[tuple[Tensor, ...]]:
-        """`regroup` of every chunk, or `regroup_picked` where there is a rorder_all: made at once, with one upload.
+    def _upload(self, table: Tensor) -> Tensor:
+        """A tensor of the host on the device, without waiting for that."""
+        return (table.pin_memory() if self._device.type == "cuda" else table).to(self._device, non_blocking=True)
 
-        All are segments of ascending numbers. Each piece begins at a multiple of 16 bytes, as memory of its own would: kernels
+    def _picked(self, counts: Tensor, rorder_all: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What `regroup_picked` gives beyond `regroup`, of every chunk: made at once, with one upload.
+
+        All are runs of ascending numbers. Each piece begins at a multiple of 16 bytes, as memory of its own would: kernels
         are compiled for that.
         """
         received = self.parts(counts)[1]
-        rows = self._by_chunk(received)  # [r, P, e]
-        by_expert = rows.transpose(1, 2)
-        chunks, held = rows.shape[0], rows.shape[2]
-        starts = _exclusive(rows.flatten(1), 1).view_as(rows).transpose(1, 2)
-        segments = [(starts, by_expert), (_exclusive(by_expert.flatten(1), 1).view_as(by_expert).transpose(1, 2), rows)]
-        if rorder_all is not None:
-            lying = received.sum(1).transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
-            first = _exclusive(lying.reshape(-1)).view_as(lying).permute(1, 2, 0)
-            of_before, of_chunk = (t.permute(1, 3, 2, 0) for t in (received.cumsum(1) - received, received))
-            segments.append((first + of_before, of_chunk))  # [r, e, P, rf]
-        sizes = rows.flatten(1).sum(1)
+        lying = received.sum(1).transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
+        first = _exclusive(lying.reshape(-1)).view_as(lying).permute(1, 2, 0)
+        of_before, of_chunk = (t.permute(1, 3, 2, 0) for t in (received.cumsum(1) - received, received))  # [r, e, P, rf]
+        sizes = of_chunk.flatten(1).sum(1)
         even = torch.stack([torch.zeros_like(sizes), sizes % 2], 1)  # what makes every piece even
         shifts, lengths = (
-            torch.cat([torch.cat([part.flatten(1), even[:, i : i + 1]], 1).reshape(-1) for part in parts])
-            for i, parts in enumerate(zip(*segments))
+            torch.cat([part.flatten(1), even[:, i : i + 1]], 1).reshape(-1) for i, part in enumerate((first + of_before, of_chunk))
         )
-        pitch = -(-(held + 1) // 4) * 4
-        offsets = torch.nn.functional.pad(rows.sum(1).cumsum(1), (1, pitch - held - 1))
-        table = torch.cat([offsets.reshape(-1), shifts - _exclusive(lengths), lengths]).int()
-        if self._device.type == "cuda":
-            table = table.pin_memory()
-        there = table.to(self._device, non_blocking=True)
-        edges, shifts, lengths = there.split([offsets.numel(), shifts.numel(), shifts.numel()])
+        shifts, lengths = self._upload(torch.stack([shifts - _exclusive(lengths), lengths]).int())
         cuts = [n for size in sizes.tolist() for n in (size, size % 2)]
-        total = len(segments) * sum(cuts)
-        numbers = torch.repeat_interleave(shifts, lengths, output_size=total) + torch.arange(total, device=self._device)
-        parts = list(numbers.split(sum(cuts)) if total else [numbers] * len(segments))
-        if rorder_all is not None:
-            parts.insert(2, rorder_all.index_select(0, parts[2]))
-        order, position, *more = (part.split(cuts)[::2] for part in parts)
-        rows_of = edges.view(chunks, pitch)[:, : held + 1].unbind()
-        return list(zip(order, rows_of, [p.unsqueeze(1) for p in position], *more))
+        numbers = torch.repeat_interleave(shifts, lengths, output_size=sum(cuts)) + torch.arange(sum(cuts), device=self._device)
+        arrived = rorder_all.index_select(0, numbers) if rorder_all.numel() else rorder_all
+        return list(zip(arrived.split(cuts)[::2], numbers.split(cuts)[::2]))
 
     def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
         """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""
@@ -457,6 +452,6 @@ def _chunk_of(number: Tensor, total: int, degree: int) -> tuple[Tensor, Tensor, 
     return chunk, chunk * base + chunk.clamp(max=more), base + (chunk < more).long()
 
 
-def _exclusive(counts: Tensor, dim: int = 0) -> Tensor:
+def _exclusive(counts: Tensor) -> Tensor:
     """Sums of all that come before."""
-    return counts.cumsum(dim) - counts
+    return counts.cumsum(0) - counts

@@ -55,6 +55,30 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, offsets, position.masked_fill_(outside, -1).view(ids.shape)
 
 
+def regroup(received: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts rows that lie by (source rank, expert) by expert, stably: received [P, E] int64 of them, R = `rows` in all.
+
+    Returns order [R] int64 (where each row of the result lies), offsets [E+1] int32, and position [R, 1] int64 (where each
+    row goes).
+    """
+    by_expert = received.t()
+    lies, goes = (_exclusive(t.reshape(-1)).view_as(t) for t in (received, by_expert))
+    offsets = torch.nn.functional.pad(received.sum(0).cumsum(0), (1, 0)).int()
+    return _runs(lies.t(), by_expert, rows), offsets, _runs(goes.t(), received, rows).unsqueeze(1)
+
+
+def _exclusive(lengths: Tensor) -> Tensor:
+    """Where each of some lengths [n] begins."""
+    return lengths.cumsum(0) - lengths
+
+
+def _runs(begins: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Runs of ascending numbers, one behind the other; `total` in all."""
+    begins, lengths = begins.reshape(-1), lengths.reshape(-1)
+    shifts = (begins - _exclusive(lengths)).repeat_interleave(lengths, output_size=total)
+    return shifts + torch.arange(total, device=lengths.device)
+
+
 # ------------------------------------------------------------------------------------------------ rows in
 
 
@@ -236,6 +260,7 @@ OPS: dict[str, Callable[..., object]] = {
     op.__name__: op
     for op in (
         route,
+        regroup,
         gather_rows,
         rows_backward,
         grouped_linear,

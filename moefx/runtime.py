@@ -82,7 +82,7 @@ class Runtime:
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._device = device
         self._delays = delays
-        self._lane = HOME_LANE
+        self._lane, self._stream = HOME_LANE, self._home  # where work goes now
         self._entered: dict[str, torch.cuda.Stream] = {}
         self._events: dict[str, torch.cuda.Event | None] = {}
 
@@ -100,21 +100,23 @@ class Runtime:
     @contextmanager
     def lane(self, name: str) -> Iterator[None]:
         """Work in this context goes to the lane. A side lane starts behind what the caller's stream holds so far."""
-        outer, self._lane = self._lane, name
+        outer = self._lane, self._stream
+        self._lane = name
         try:
             if self._home is None or name == HOME_LANE:
+                self._stream = self._home and torch.cuda.current_stream(self._device)
                 self._delay()
                 yield
             else:
-                stream = _stream(self._device, name)
+                self._stream = _stream(self._device, name)
                 if name not in self._entered:
-                    stream.wait_stream(self._home)
-                    self._entered[name] = stream
-                with torch.cuda.stream(stream):
+                    self._stream.wait_stream(self._home)
+                    self._entered[name] = self._stream
+                with torch.cuda.stream(self._stream):
                     self._delay()
                     yield
         finally:
-            self._lane = outer
+            self._lane, self._stream = outer
 
     def _delay(self) -> None:
         if self._delays is not None:
@@ -123,23 +125,22 @@ class Runtime:
     def record(self, event: str) -> None:
         """Marks the point that this lane has reached."""
         self._delay()
-        self._events[event] = torch.cuda.current_stream(self._device).record_event() if self._home else None
+        self._events[event] = self._stream.record_event() if self._stream else None
 
     def wait(self, event: str) -> None:
         """This lane goes on only after the event."""
         if event not in self._events:
             raise PlanError(f"lane {self._lane} waits for event {event!r}, which nothing has recorded")
         recorded = self._events[event]
-        if recorded is not None:
-            torch.cuda.current_stream(self._device).wait_event(recorded)
+        if recorded is not None and self._stream is not None:
+            self._stream.wait_event(recorded)
 
     def hold(self, *values: Tensor | None) -> None:
         """This lane uses values of other lanes: their memory is not given away before it has passed this point."""
-        if self._home is not None:
-            stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None:
             for value in values:
                 if value is not None:
-                    value.record_stream(stream)
+                    value.record_stream(self._stream)
 
     def join(self, *values: Tensor | None) -> None:
         """The caller's stream goes on after all lanes, and holds `values`."""

@@ -105,6 +105,21 @@ def test_route_takes_ids_of_any_layout_and_far_outside() -> None:
     assert all(map(torch.equal, OPS["route"](ids.t(), 3), ops.route(ids.t(), 3)))
 
 
+@pytest.mark.parametrize(("ranks", "experts"), [(1, 1), (2, 3), (4, 32), (3, 5)])
+@pytest.mark.parametrize("most", [1, 2, 700])
+def test_regroup(ranks: int, experts: int, most: int) -> None:
+    received = torch.randint(0, most, (ranks, experts)).to(DEVICE)
+    for got, want in zip(OPS["regroup"](received, int(received.sum())), ops.regroup(received, int(received.sum()))):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+def test_regroup_of_rows_that_all_are_of_one_expert() -> None:
+    received = torch.zeros(2, 4, dtype=torch.int64)
+    received[1, 2] = 5000
+    assert all(map(torch.equal, OPS["regroup"](received.to(DEVICE), 5000), ops.regroup(received.to(DEVICE), 5000)))
+
+
 # ------------------------------------------------------------------------------------------------ rows
 
 
