@@ -48,6 +48,8 @@ STAGES: dict[Hashable, int] = {}
 ROWS = (16, 128)
 # From so many rows an expert on, at the mean, the copy engine's blocks of 128 rows pay: an expert's matrix is read once.
 MANY_ROWS = ROWS[0] + 1
+# ... for the weights' gradients, whose larger tiles are made by one program a multiprocessor.
+MANY_WGRAD_ROWS = 2048
 
 # ------------------------------------------------------------------------------------------------ tiles
 
@@ -319,13 +321,28 @@ def grouped_wgrad_kernel(
 
 @triton.jit
 def block_wgrad_kernel(
-    rows, grad, offsets, out, tiles_i, tiles_o,
-    ADD: tl.constexpr, GROUP: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+    rows, grad, offsets, out, tiles_i, tiles_o, tiles,
+    ADD: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """`grouped_wgrad_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I] and grad [R, O] by
-    experts, whose last step is filled up with zeros, and of out [E, I, O]."""
-    expert = tl.program_id(0) // (tiles_i * tiles_o)
-    tile_i, tile_o = swizzle(tl.program_id(0) % (tiles_i * tiles_o), tiles_i, tiles_o, GROUP)
+    experts, whose last step is filled up with zeros, and of out [E, I, O]. PROGRAMS: each makes every PROGRAMS-th tile; 0:
+    there are as many programs as tiles."""
+    if PROGRAMS:
+        for tile in range(tl.program_id(0), tiles, PROGRAMS):
+            wgrad_tile(rows, grad, offsets, out, tile, tiles_i, tiles_o, ADD, GROUP, BI, BO, BR)
+    else:
+        wgrad_tile(rows, grad, offsets, out, tl.program_id(0), tiles_i, tiles_o, ADD, GROUP, BI, BO, BR)
+
+
+@triton.jit
+def wgrad_tile(
+    rows, grad, offsets, out, tile, tiles_i, tiles_o,
+    ADD: tl.constexpr, GROUP: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One tile [BI, BO] of one expert's gradient."""
+    expert = tile // (tiles_i * tiles_o)
+    tile_i, tile_o = swizzle(tile % (tiles_i * tiles_o), tiles_i, tiles_o, GROUP)
     start = tl.load(offsets + expert)
     count = tl.load(offsets + expert + 1) - start
     total = tl.zeros((BI, BO), dtype=tl.float32)
@@ -354,9 +371,9 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
         return False
     if out.stride(1) == 1 and out.stride(2) != 1:  # so that neighbouring results lie side by side in memory
         return _launch_block_wgrad(grad, rows, offsets, out.transpose(1, 2), add)
-    # With few rows, most of the time goes into writing: two programs a multiprocessor do it in turns.
-    for_few, for_many = Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3)
-    tiles = [for_few] if rows.shape[0] < 512 * experts or columns < 256 else [for_many]
+    # With few rows, much of the time goes into writing: two programs a multiprocessor do it in turns.
+    for_few, for_many = Tile(128, 128, 32, 4, 6), Tile(128, 256, 64, 8, 3)
+    tiles = [for_few] if rows.shape[0] < MANY_WGRAD_ROWS * experts or columns < 256 else [for_many]
     if compiling() and columns >= 256:
         tiles = [for_few, for_many]
     for tile in tiles:
@@ -365,10 +382,11 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
         if a is None or b is None or o is None:
             return False
         tiles_i, tiles_o = cdiv(inner, tile.rows), cdiv(columns, tile.columns)
+        count, programs = experts * tiles_i * tiles_o, multiprocessors(rows.device) if tile == for_many else 0
         with on_device(rows):
             done = launch_block(
-                STAGES, ("wgrad", rows.device, tile), tile.stages, block_wgrad_kernel, (experts * tiles_i * tiles_o,),
-                a, b, offsets, o, tiles_i, tiles_o, ADD=add, GROUP=GROUP,
+                STAGES, ("wgrad", rows.device, tile), tile.stages, block_wgrad_kernel, (programs or count,),
+                a, b, offsets, o, tiles_i, tiles_o, count, ADD=add, GROUP=GROUP, PROGRAMS=programs,
                 BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps,
             )  # fmt: skip
     return done

@@ -30,7 +30,7 @@ from moefx.codegen.triton_launch import (
     row_tiles,
     unit_columns,
 )
-from moefx.codegen.triton_permute import expert_sum
+from moefx.codegen.triton_permute import expert_sum, gather_rows
 from moefx.codegen.triton_program import NoKernel, Program
 from moefx.codegen.triton_source import Sources, alike, load, write
 from torch import Tensor
@@ -41,6 +41,7 @@ from moefx.segments import Segment, leaf_refs
 
 # Generated kernels handle about this many elements a program.
 ELEMENTS = 2048
+GATHERED_FROM = 2048  # columns of a segment that is in the epilogue of products of gathered rows
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,13 @@ class Pointwise:
         # Not saved products are not written: any tensor of the right dtype stands for them.
         products = [rows.new_empty(total, n) if save else rows for n in widths]
         outputs = self._new_outputs([rows.dtype] * len(widths), leaves, rows, total)
-        done = not total or self._launch_block(rows, weights, products, leaves, outputs, offsets, order, top_k, save)
+        block_rows, block_order = rows, order
+        if order is not None and self._gathers_first(rows, total, experts):
+            block_rows, block_order = gather_rows(rows, order, top_k, offsets), None
+        done = not total or self._launch_block(
+            block_rows, weights, products, leaves, outputs, offsets, block_order, top_k, save
+        )
+        del block_rows
         for tile in triton_grouped.tiles_for(rows, total, experts, sources.width, sources.products, done):
             tiles_m, tiles_n = row_tiles(total, experts, tile.rows), cdiv(sources.width, tile.columns)
             args: list[Any] = []
@@ -219,6 +226,14 @@ class Pointwise:
                     num_warps=tile.warps, num_stages=tile.stages,
                 )  # fmt: skip
         return tuple(products) if save else None, tuple(outputs)
+
+    def _gathers_first(self, rows: Tensor, total: int, experts: int) -> bool:
+        """Whether `linear` gathers its rows before its product and not on the way.
+
+        That moves 4 I bytes a row; by the copy engine the product's 4 I O operations a row then take some 8 % less time.
+        """
+        wide = self._sources.width >= GATHERED_FROM and triton_grouped.many_rows(total, experts)
+        return wide and described(rows, (128, 64)) is not None
 
     def _launch_block(
         self,

@@ -250,10 +250,12 @@ def test_products_by_the_copy_engine(
         assert out[c.n :].isnan().all()
     want = torch.empty(experts, d, f, dtype=dtype, device=DEVICE)
     ops.grouped_wgrad(c.held(rows), c.held(h), c.offsets, want)
-    for out in (torch.full_like(want, NAN), torch.full_like(want.transpose(1, 2).contiguous(), NAN).transpose(1, 2)):
-        for times, add in ((1, False), (2, True)):
-            assert triton_grouped._launch_block_wgrad(rows, h, c.offsets, out, add)
-            assert relative(out, times * want) <= 1e-3
+    for many in (0, 1 << 20):  # by one program a multiprocessor, by a program a tile
+        monkeypatch.setattr(triton_grouped, "MANY_WGRAD_ROWS", many)
+        for out in (torch.full_like(want, NAN), torch.full_like(want.transpose(1, 2).contiguous(), NAN).transpose(1, 2)):
+            for times, add in ((1, False), (2, True)):
+                assert triton_grouped._launch_block_wgrad(rows, h, c.offsets, out, add)
+                assert relative(out, times * want) <= 1e-3
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 16), (64, 32, 64)], ids=str)

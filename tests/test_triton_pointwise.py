@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 import regions
 import torch
-from moefx.codegen import triton_grouped
+from moefx.codegen import triton_grouped, triton_pointwise
 from moefx.codegen.triton_ops import OPS
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_rules import RULES
@@ -487,6 +487,15 @@ def test_epilogues_by_the_copy_engine(style: str, inner_last: bool, monkeypatch:
                 if save or got is outputs[0]:
                     assert relative(got[:n], expected) <= TOLERANCE[dtype]
                 assert got[n:].isnan().all()
+
+    gathered = []
+    gather = triton_pointwise.gather_rows
+    monkeypatch.setattr(triton_pointwise, "gather_rows", lambda *given: (gathered.append(given), gather(*given))[1])
+    for first in (0, 1 << 20):  # whether rows are gathered before the product depends on its width, the result does not
+        monkeypatch.setattr(triton_pointwise, "GATHERED_FROM", first)
+        products, outputs = pointwise.linear(x, weights, vectors, offsets, order, top_k)
+        assert all(relative(got[:n], expected) <= TOLERANCE[dtype] for got, expected in zip((*products, *outputs), (*pre, *want)))
+        assert len(gathered) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
