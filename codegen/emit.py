@@ -26,7 +26,8 @@ def emit(region: Region, forward: Plan, backward: Plan, name: str) -> str:
     """The source of `forward(rt, x, ids, w, leaves)` and `backward(rt, saved, gy, leaves, leaf_grads, need_x)`."""
     if len(forward.saved) != backward.inputs.index("gy"):
         raise PlanError(f"{name}: forward saves {len(forward.saved)} values, backward reads {backward.inputs.index('gy')}")
-    segments = [step for step in steps_of(region.template) if isinstance(step, Segment)]
+    used = {x.op.partition(".")[0] for plan in (forward, backward) for x in plan.launches}
+    segments = [step for step in steps_of(region.template) if isinstance(step, Segment) and step.name in used]
     parts = [
         _header(region, forward, backward, name),
         *(_segment(region.template, s) for s in segments),

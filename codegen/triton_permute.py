@@ -82,10 +82,10 @@ def rows_backward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
-    h, position, w, out, tokens, width, stride_h, K: tl.constexpr,
-    WEIGHTED: tl.constexpr, UNROLL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    h, position, w, bias, ids, out, tokens, width, stride_h, stride_b, K: tl.constexpr,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, UNROLL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out [T, O] = sum over k of w[t, k] * h[position[t, k]]. Grid (T / BM, O / BN): a block of out each.
+    """out [T, O] = sum over k of w[t, k] * (h[position[t, k]] + bias[ids[t, k]]). Grid (T / BM, O / BN): a block of out each.
 
     The K loop is unrolled by UNROLL, so that the loads of several slots are under way together.
     """
@@ -99,6 +99,10 @@ def combine_kernel(
         filled = row >= 0
         value = tl.load(h + row[:, None] * stride_h + column[None, :], mask=filled[:, None] & in_width, other=0.0)
         value = value.to(tl.float32)
+        if BIASED:
+            expert = tl.load(ids + token * K + k, mask=filled, other=0).to(tl.int64)
+            vector = bias + expert[:, None] * stride_b + column[None, :]
+            value += tl.load(vector, mask=filled[:, None] & in_width, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(w + token * K + k, mask=filled, other=0.0).to(tl.float32)[:, None]
         total += value
@@ -107,10 +111,13 @@ def combine_kernel(
     )
 
 
-def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def combine(
+    h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype, bias: Tensor | None = None, ids: Tensor | None = None
+) -> Tensor:
     """y [T, O], the weighted sum of each token's rows h [R, O]; see `moefx.ops.combine`."""
-    check_dtypes("combine", {"h": h})
-    h = unit_columns(h)
+    check_dtypes("combine", {"h": h, "bias": bias})
+    h, biased = unit_columns(h), bias is not None and ids is not None
+    bias, ids = (unit_columns(bias), ids.contiguous()) if bias is not None and ids is not None else (h, position)
     tokens, top_k = position.shape
     width = h.shape[1]
     out = h.new_empty(tokens, width, dtype=out_dtype)
@@ -119,8 +126,8 @@ def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtyp
         with on_device(h):
             launch(
                 combine_kernel, (cdiv(tokens, bm), cdiv(width, bn)),
-                h, position, h if w is None else w.contiguous(), out, tokens, width, h.stride(0), K=top_k,
-                WEIGHTED=w is not None, UNROLL=power_of_2(top_k, most=8), BM=bm, BN=bn,
+                h, position, h if w is None else w.contiguous(), bias, ids, out, tokens, width, h.stride(0), bias.stride(0),
+                K=top_k, WEIGHTED=w is not None, BIASED=biased, UNROLL=power_of_2(top_k, most=8), BM=bm, BN=bn,
             )  # fmt: skip
     return out
 
@@ -227,8 +234,11 @@ def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
 
 
 @triton.jit
-def expert_sum_kernel(grad, offsets, out, width, stride_g, BM: tl.constexpr, BN: tl.constexpr):
-    """out [E, n] = sum of the rows of grad [R, n] over each expert's rows. Grid (E, n / BN), rows walked in order.
+def expert_sum_kernel(
+    grad, offsets, order, w, out, width, stride_g, WEIGHTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """out [E, n] = sum of the rows of grad [R, n], times w of their slots, over each expert's rows. Grid (E, n / BN), rows walked
+    in order.
 
     The running sums are compensated (Kahan): an expert may have every row of the batch.
     """
@@ -242,7 +252,11 @@ def expert_sum_kernel(grad, offsets, out, width, stride_g, BM: tl.constexpr, BN:
         row = r0 + tl.arange(0, BM)
         mask = (row < end)[:, None] & (column < width)[None, :]
         value = tl.load(grad + row.to(tl.int64)[:, None] * stride_g + column[None, :], mask=mask, other=0.0)
-        part = value.to(tl.float32) - lost
+        value = value.to(tl.float32)
+        if WEIGHTED:
+            slot = tl.load(order + row, mask=row < end, other=0)
+            value *= tl.load(w + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
+        part = value - lost
         grown = total + part
         lost = (grown - total) - part
         total = grown
@@ -251,7 +265,7 @@ def expert_sum_kernel(grad, offsets, out, width, stride_g, BM: tl.constexpr, BN:
     )
 
 
-def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
+def expert_sum(grad: Tensor, offsets: Tensor, order: Tensor | None = None, w: Tensor | None = None) -> Tensor:
     """[E, n]: the sum of grad's rows [R, n] over each expert's rows; see `moefx.ops.expert_sum`."""
     check_dtypes("expert_sum", {"grad": grad})
     grad = unit_columns(grad)
@@ -262,6 +276,7 @@ def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
         with on_device(grad):
             launch(
                 expert_sum_kernel, (experts, cdiv(width, bn)),
-                grad, offsets, out, width, grad.stride(0), BM=ELEMENTS // bn, BN=bn
-            )
+                grad, offsets, offsets if order is None else order, grad if w is None else w.contiguous(), out, width,
+                grad.stride(0), WEIGHTED=w is not None, BM=ELEMENTS // bn, BN=bn,
+            )  # fmt: skip
     return out

@@ -106,15 +106,18 @@ class Pointwise:
         order: Tensor,
         w: Tensor,
         in_place: bool = False,
+        beside: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """`vjp` of w times the segment's one output, row by row: (w times the output, the gradients of the inputs and of
         the leaves, the gradient of w [T, K]). order [T*K]: the slot of each row.
 
-        in_place: nobody else reads inputs and grads any more, and the results may take their memory.
+        in_place: nobody else reads inputs and grads any more, and the results may take their memory. beside: [T, K], is
+        added to the gradient of w.
         """
         outputs, inner, leaf, products = self._vjp(inputs, leaves, offsets, grads, (order, w), in_place)
         assert products is not None
-        return outputs, inner, leaf, products.sum(1).view(w.shape).to(w.dtype)
+        gw = products.sum(1).view(w.shape)
+        return outputs, inner, leaf, (gw if beside is None else gw + beside).to(w.dtype)
 
     def _vjp(
         self,

@@ -165,9 +165,12 @@ def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
     return leaf.index_select(0, expert.clamp_(max=leaf.shape[0] - 1))
 
 
-def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
-    """[E, n]: the sum of grad's rows [R, n] over each expert's rows, in grad's dtype."""
+def expert_sum(grad: Tensor, offsets: Tensor, order: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    """[E, n]: the sum of grad's rows [R, n] over each expert's rows, in grad's dtype; with order [T*K] and w [T, K] each row
+    times its routing weight."""
     wide = grad.to(_sum_dtype(grad.dtype))
+    if order is not None and w is not None:
+        wide = wide * slot_rows(w, order, offsets)
     if wide.shape[0] == 0:
         return grad.new_zeros(offsets.numel() - 1, grad.shape[1])
     return torch.segment_reduce(wide, "sum", offsets=offsets.contiguous(), axis=0, unsafe=True).to(grad.dtype)
@@ -176,21 +179,28 @@ def expert_sum(grad: Tensor, offsets: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ rows out
 
 
-def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def combine(
+    h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype, bias: Tensor | None = None, ids: Tensor | None = None
+) -> Tensor:
     """y [T, O] = sum over k of w[t, k] * h[position[t, k]] (w = 1 when None); slots at -1 contribute nothing.
 
-    h [R, O], position [T, K], w [T, K]; summed in fp32 at least (fp64 for fp64), returned as `out_dtype`.
+    h [R, O], position [T, K], w [T, K]; summed in fp32 at least (fp64 for fp64), returned as `out_dtype`. With bias [E, O]
+    and ids [T, K], bias[ids[t, k]] is added to each slot's row.
     """
     tokens, slots = position.shape
     wide = _sum_dtype(h.dtype if w is None else torch.promote_types(h.dtype, w.dtype))
     if h.shape[0] == 0:
         return h.new_zeros(tokens, h.shape[1], dtype=out_dtype)
     if slots > MANY_SLOTS and not h.is_cuda:
+        if bias is not None and ids is not None:
+            h = h.to(wide).index_add(0, position[position >= 0], bias.to(wide).index_select(0, ids[position >= 0].long()))
         return _combine_rows(h, position, w, wide).to(out_dtype)
     all_filled = not h.is_cuda and h.shape[0] == position.numel()
     y = torch.zeros(tokens, h.shape[1], dtype=wide, device=h.device)
     for k in range(slots):
         term = h.index_select(0, position[:, k] if all_filled else position[:, k].clamp(min=0)).to(wide)
+        if bias is not None and ids is not None:
+            term += bias.index_select(0, ids[:, k].long().clamp(0, bias.shape[0] - 1))
         if w is not None:
             term *= w[:, k : k + 1]
         if not all_filled:
@@ -206,6 +216,18 @@ def _combine_rows(h: Tensor, position: Tensor, w: Tensor | None, wide: torch.dty
     if w is not None:
         rows *= w[filled].unsqueeze(1)
     return torch.segment_reduce(rows, "sum", lengths=filled.sum(1), axis=0, unsafe=True)
+
+
+def bias_products(gy: Tensor, position: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
+    """[T, K], in fp32 at least: <gy[t], bias[e]> for each slot's expert e, what the bias [E, O] of `combine` adds to the gradient
+    of w; zero for slots without a row."""
+    experts, wide = bias.shape[0], _sum_dtype(gy.dtype)
+    owner = torch.searchsorted(offsets[1:].long(), position, right=True).clamp_(max=experts - 1)
+    if gy.is_cuda and gy.dtype != wide:
+        products = torch.mm(gy, bias.to(gy.dtype).t(), out_dtype=wide)
+    else:
+        products = gy.to(wide) @ bias.to(wide).t()
+    return products.gather(1, owner).where(position >= 0, 0)
 
 
 def combine_backward(
@@ -269,6 +291,7 @@ OPS: dict[str, Callable[..., object]] = {
         expert_rows,
         expert_sum,
         combine,
+        bias_products,
         combine_backward,
         slot_rows,
         slot_products,

@@ -238,18 +238,20 @@ class Runtime:
         gradients: Tensors,
         order: Tensor,
         w: Tensor,
+        beside: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """`act_vjp` of a segment with one output a, which the routing weights w [T, K] multiply: for the gradient of w a
-        it returns w a, the gradients of the segment's inputs and leaves, and that of w."""
+        it returns w a, the gradients of the segment's inputs and leaves, and that of w, to which `beside` [T, K] is added."""
         kernel = self._pointwise.get(function.__name__)
         if kernel:
             given = (inputs, leaves, offsets, gradients, order, w)
-            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(*given, in_place=self._overwrite)
+            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(*given, in_place=self._overwrite, beside=beside)
             return (*outputs, *input_grads, *leaf_grads, gw)
         (g,) = gradients
         scale = self.ops["slot_rows"](w, order, offsets)
         a, *grads = self.act_vjp(function, inputs, leaves, offsets, [(g * scale).to(g.dtype)])
-        return ((a * scale).to(a.dtype), *grads, self.ops["slot_products"](a, g, order, offsets, w))
+        gw = self.ops["slot_products"](a, g, order, offsets, w)
+        return ((a * scale).to(a.dtype), *grads, gw if beside is None else (gw + beside).to(w.dtype))
 
     def _run(self, function: Activation, inputs: Tensors, leaves: Tensors, offsets: Tensor) -> tuple[Tensor, ...]:
         return _several(function(*inputs, *(self._spread(leaf, offsets, inputs) for leaf in leaves)))

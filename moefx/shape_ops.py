@@ -33,7 +33,9 @@ def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
     return leaf.new_empty((rows, leaf.shape[1]))
 
 
-def combine(h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def combine(
+    h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype, bias: Tensor | None = None, ids: Tensor | None = None
+) -> Tensor:
     """h [R, O], position [T, K] -> [T, O]."""
     return h.new_empty((position.shape[0], h.shape[1]), dtype=out_dtype)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moefx.errors import PlanError
-from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph
-from moefx.segments import Linear, Segment, steps, x_value
+from moefx.ir import Launch, LeafRef, Plan, Ref, Region, Schedule, TaskGraph, Template
+from moefx.segments import Linear, Segment, leaf_refs, operands, steps, x_value
 
 # The lane of the caller's own stream: here a plan begins and ends.
 HOME = "compute"
@@ -28,7 +28,7 @@ class Chunk:
     """Builds the launches of one chunk, task by task. `_` as an out is a value that nobody needs.
 
     renamed: other names for some values, and `tasks` for some kinds of launches, where one plan holds two regions. whole: values
-    that all chunks share.
+    that all chunks share. bias: see `bias_apart`.
     """
 
     region: Region
@@ -39,6 +39,7 @@ class Chunk:
     renamed: Mapping[str, str] = field(default_factory=dict)
     tasks: Mapping[str, str] = field(default_factory=dict)
     whole: frozenset[str] = frozenset()
+    bias: int | None = None
 
     def name(self, base: str) -> str:
         base = self.renamed.get(base, base)
@@ -139,6 +140,27 @@ def weighted_segment(region: Region) -> Segment | None:
     return next((s for s in program if isinstance(s, Segment) and s.outputs == (a,)), None)
 
 
+def bias_apart(region: Region) -> tuple[Region, int | None]:
+    """The region without a vector of each expert that is added to its result, and that vector's leaf; None where there is
+    none, or `weighted_segment` does not follow.
+
+    Since y = sum of w (f(x) + b), b may be added where rows are summed: the product writes what combine reads. In backward
+    <gy, b> is a part of the gradient of w, and the sum of w gy that of b.
+    """
+    *before, last = region.template.instrs
+    rows, leaf = last.args[:2] if len(last.args) == 2 else (None, None)
+    if isinstance(rows, LeafRef):
+        rows, leaf = leaf, rows
+    if last.target != "aten.add.Tensor" or last.kwargs or not isinstance(rows, Ref) or not isinstance(leaf, LeafRef):
+        return region, None
+    vector, uses = region.leaves[leaf.index], [r for instr in region.template.instrs for r in leaf_refs(operands(instr))]
+    product = rows.index == len(before) - 1 and before[-1].kind == "linear"
+    if not product or region.identity or vector.shared or vector.shape != (region.d_out,) or uses.count(leaf) > 1:
+        return region, None
+    without = replace(region, template=Template(tuple(before)))
+    return (without, leaf.index) if weighted_segment(without) else (region, None)
+
+
 def saved_of_chunk(region: Region) -> list[str]:
     """Base names of what one chunk's forward saves."""
     program = steps(region.template)
@@ -233,7 +255,8 @@ def experts_backward(chunk: Chunk, gradients: Gradients) -> None:
         args = (*chunk.reads(step), chunk.name("offsets"), gs)
         if step == weighted:
             outs.append(gw_of(region))
-            chunk.launch("d_experts", f"{step.name}.weighted_vjp", outs, (*args, *chunk.names(("order", "w"))))
+            beside = () if chunk.bias is None else ("gw_bias",)
+            chunk.launch("d_experts", f"{step.name}.weighted_vjp", outs, (*args, *chunk.names(("order", "w", *beside))))
         else:
             chunk.launch("d_experts", f"{step.name}.vjp", outs, args)
         for leaf in step.leaves:

@@ -320,6 +320,12 @@ def _factors(base: Tensor, fed: dict[int, Tensor], experts: int) -> Tensor | Non
     return gates
 
 
+def _sum_of_one(value: Value) -> bool:
+    """Whether it is a sum over a dimension of one slot: equal to what it sums, and torch takes longer over it than over many."""
+    call = value.producer
+    return call is not None and call.name == "sum" and [v.tensor.numel() for v in call.reads()] == [value.tensor.numel()]
+
+
 def _is_rows(value: Value, width: int) -> bool:
     return value.tensor.is_floating_point() and value.tensor.dim() >= 1 and value.shape[-1] == width
 
@@ -450,7 +456,12 @@ def solve_gates(
         latest = {s.combined.object: s.combined.index for s in passed}  # a tensor that was filled step by step
         filled = {s.combined: int(s.gates.support.sum()) for s in passed}
         passed.sort(
-            key=lambda s: (-filled[s.combined], s.combined.index != latest[s.combined.object], s.combined.index)
+            key=lambda s: (
+                -filled[s.combined],
+                s.combined.index != latest[s.combined.object],
+                not _sum_of_one(s.combined),
+                s.combined.index,
+            )
         )
         for candidate in passed[:MAX_SUMS]:
             solution = full.solve(candidate.combined)

@@ -11,7 +11,8 @@ Ops beside those of moefx.ops: slice, cat, add, join; write and add_into for a l
                                               arguments, order and top_k, of tokens whose rows are gathered on the way
     act_i.vjp(inputs, leaves, offsets, gradients)  its outputs again, the gradients of its inputs and of its leaves
     act_i.weighted_vjp(inputs, leaves, offsets, gradients, order, w)  the same for a result that w multiplies row by row:
-                                              w times its output, and after all others the gradient of w
+                                              w times its output, and after all others the gradient of w; one more
+                                              argument, [T, K], is added to that
 
 Saved for backward are x, w, the routing and the values which segments read (pre-activations), and the result h where
 the routing weights need it (not where `weighted_segment` moves them). Gathered rows and segment results are made again.
@@ -27,6 +28,7 @@ from moefx.passes._launches import (
     HOME,
     Chunk,
     Gradients,
+    bias_apart,
     check,
     consumers,
     experts_backward,
@@ -61,7 +63,8 @@ def _forward(chunk: Chunk) -> None:
     experts_forward(chunk)
     w = chunk.name("w") if needs_h(region) else None
     made = "routed" if region.identity else "y"
-    args_h = (chunk.name(f"v{result_of(region)}"), chunk.name("position"), w, "x.dtype")
+    bias = () if chunk.bias is None else (f"leaf{chunk.bias}", chunk.name("ids"))
+    args_h = (chunk.name(f"v{result_of(region)}"), chunk.name("position"), w, "x.dtype", *bias)
     chunk.launch("combine", "combine", (made,), args_h)
     if region.identity:
         chunk.launch("combine", "identity_add", ("y",), chunk.names(("routed", "x", "position", "w")))
@@ -81,6 +84,12 @@ def _backward(chunk: Chunk) -> None:
     else:
         args_g = (chunk.name("gy"), chunk.name("order"), region.top_k, chunk.name("offsets"), None)
         chunk.launch("d_combine", "gather_rows", (gradients.part(result),), args_g)
+    if chunk.bias is not None:
+        args_b = (*chunk.names(("gy", "position", "offsets")), f"leaf{chunk.bias}")
+        chunk.launch("d_combine", "bias_products", ("gw_bias",), args_b)
+        args_s = chunk.names((f"g{result}", "offsets", "order", "w"))
+        chunk.launch("w_experts", "expert_sum", (f"s{chunk.bias}",), args_s)
+        gradients.into_vector(chunk.bias)
 
     experts_backward(chunk, gradients)
     gx, gw = "gx_rows" if region.identity else "gx", gw_of(region)
@@ -99,9 +108,10 @@ def _backward(chunk: Chunk) -> None:
 def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
     """The launches of a scheduled task graph, with events between lanes and the lifetime of every value."""
     forward = graph.phase == "forward"
+    region, bias = bias_apart(region)
     by_task: dict[str, list[Launch]] = {}
     for c in range(graph.degree):
-        chunk = Chunk(region, c, graph.degree, one_lane=len(schedule.lanes) == 1)
+        chunk = Chunk(region, c, graph.degree, one_lane=len(schedule.lanes) == 1, bias=bias)
         (_forward if forward else _backward)(chunk)
         by_task.update(chunk.launches)
 

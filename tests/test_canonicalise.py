@@ -128,6 +128,20 @@ def test_dead_work_of_the_experts_is_gone():
     assert "bincount" not in made.source and "index_add" not in made.source and "where" not in made.source
 
 
+def test_a_sum_over_one_slot_is_part_of_the_region():
+    class TopOne(ListMoe):
+        def combine(self, x: Tensor, probs: Tensor) -> Tensor:
+            weights, ids = probs.topk(1, -1)
+            y = torch.zeros(len(x), D, dtype=x.dtype)
+            for e, expert in enumerate(self.experts):
+                token = torch.where(ids[:, 0] == e)[0]
+                y[token] = expert(x[token]) * weights[token]
+            return y.view(len(x), 1, D).sum(1)
+
+    _, made, _ = rewrite(TopOne())
+    assert "sum" not in made.source
+
+
 def test_regions_without_gradient_stay_so():
     class NoGradChoice(ListMoe):
         def combine(self, x: Tensor, probs: Tensor) -> Tensor:

@@ -180,6 +180,23 @@ def test_combine_where_no_slot_has_a_row():
     assert ops.combine(torch.zeros(0, D), position, torch.rand(3, 2), torch.float32).eq(0).all()
 
 
+@pytest.mark.parametrize("top_k", [1, 2, ops.MANY_SLOTS + 3])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_a_bias_of_each_expert_and_its_gradients(top_k, tokens):
+    """Against rows that had it added before they were summed."""
+    ids, order, offsets, position = routed(tokens, top_k)
+    h, bias = torch.randn(int(offsets[-1]), D, dtype=torch.float64), torch.randn(E, D, dtype=torch.float64, requires_grad=True)
+    w, gy = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True), torch.randn(tokens, D, dtype=torch.float64)
+    rows = bias.repeat_interleave(offsets.long().diff(), 0)
+    expected = slot_by_slot_with_grad(h + rows, position, w)
+    torch.testing.assert_close(ops.combine(h, position, w.detach(), torch.float64, bias.detach(), ids), expected.detach())
+    of_w, of_bias = torch.autograd.grad((expected * gy).sum(), [w, bias], materialize_grads=True, allow_unused=True)
+    of_rows = ops.combine_backward(gy, h, order, position, offsets, w.detach())[1]
+    torch.testing.assert_close(ops.bias_products(gy, position, offsets, bias.detach()) + of_rows, of_w)
+    gathered = ops.gather_rows(gy, order, top_k, offsets)
+    torch.testing.assert_close(ops.expert_sum(gathered, offsets, order, w.detach()), of_bias)
+
+
 @pytest.mark.parametrize("top_k", [2, ops.MANY_SLOTS + 3])
 @pytest.mark.parametrize("bad", ["h", "w"])
 def test_nan_stays_with_its_token(top_k, bad):
@@ -256,4 +273,4 @@ def test_identity_does_not_touch_tokens_without_identity_slots():
 
 def test_table_holds_every_op():
     assert all(getattr(ops, name) is op for name, op in OPS.items())
-    assert len(OPS) == 14
+    assert len(OPS) == 16

@@ -75,7 +75,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def test_the_table_has_every_op_of_the_reference_that_is_not_elementwise() -> None:
-    assert set(ops.OPS) - set(OPS) == {"identity_add", "identity_backward", "slot_rows", "slot_products"}
+    assert set(ops.OPS) - set(OPS) == {"identity_add", "identity_backward", "slot_rows", "slot_products", "bias_products"}
 
 
 # ------------------------------------------------------------------------------------------------ routing
@@ -139,6 +139,9 @@ def test_rows_in_and_out(case: tuple[int, int, int, str], dtype: torch.dtype) ->
             want = ops.combine(c.held(c.h), c.position, w, out_dtype)
             assert got.dtype == out_dtype
             assert relative(got, want) <= tolerance
+            bias = torch.randn(c.offsets.numel() - 1, F).to(dtype).to(DEVICE)
+            got = OPS["combine"](c.h, c.position, w, out_dtype, bias, c.ids)
+            assert relative(got, ops.combine(c.held(c.h), c.position, w, out_dtype, bias, c.ids)) <= tolerance
 
         got_h, got_w = OPS["combine_backward"](c.gy, c.h, c.order, c.position, c.offsets, w)
         want_h, want_w = ops.combine_backward(c.gy, c.held(c.h), c.order, c.position, c.offsets, w)
@@ -199,7 +202,8 @@ def test_expert_vectors(case: tuple[int, int, int, str], dtype: torch.dtype) -> 
     leaf = torch.randn(case[2], 2 * F).to(dtype).to(DEVICE)[:, ::2]
     got = OPS["expert_rows"](leaf, c.offsets, c.order.numel())
     assert torch.equal(c.held(got), ops.expert_rows(leaf, c.offsets, c.n))
-    assert relative(OPS["expert_sum"](c.h, c.offsets), ops.expert_sum(c.held(c.h), c.offsets)) <= TOLERANCE[dtype]
+    for by in ((), (c.order, c.w)):
+        assert relative(OPS["expert_sum"](c.h, c.offsets, *by), ops.expert_sum(c.held(c.h), c.offsets, *by)) <= TOLERANCE[dtype]
 
 
 # ------------------------------------------------------------------------------------------------ grouped products
