@@ -170,7 +170,7 @@ def expert_sum(grad: Tensor, offsets: Tensor, order: Tensor | None = None, w: Te
     times its routing weight."""
     wide = grad.to(_sum_dtype(grad.dtype))
     if order is not None and w is not None:
-        wide = wide * slot_rows(w, order, offsets)
+        wide = wide * w.reshape(-1).index_select(0, order[: len(wide)]).unsqueeze(1)
     if wide.shape[0] == 0:
         return grad.new_zeros(offsets.numel() - 1, grad.shape[1])
     return torch.segment_reduce(wide, "sum", offsets=offsets.contiguous(), axis=0, unsafe=True).to(grad.dtype)
