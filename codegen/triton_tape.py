@@ -288,7 +288,7 @@ class Recorder(TorchDispatchMode):
                 raise NotOnTape(self.problem)
             answer = self._value(result, uses)
         except NotOnTape as problem:
-            return problem
+            return NotOnTape(str(problem))  # without the frames of the one that was raised, which hold the run's tensors
         last = {name: n for n, step in enumerate(self.steps) for name in (*step.makes, *step.uses)}
         lines = [f"def replay({', '.join(self.names)}):", "stream = current_stream(device)"]
         lines += [f"p{name} = {name}.data_ptr()" for name in self.inputs if name in self.pointed]

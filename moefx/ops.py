@@ -27,7 +27,7 @@ def _rows_held(offsets: Tensor, slots: int) -> int:
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _bounds(offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -227,7 +227,7 @@ def bias_products(gy: Tensor, position: Tensor, offsets: Tensor, bias: Tensor) -
         products = torch.mm(gy, bias.to(gy.dtype).t(), out_dtype=wide)
     else:
         products = gy.to(wide) @ bias.to(wide).t()
-    return products.gather(1, owner).where(position >= 0, 0)
+    return products.gather(1, owner).masked_fill_(position < 0, 0)
 
 
 def combine_backward(

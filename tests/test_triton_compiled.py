@@ -91,8 +91,9 @@ def test_from_tapes_it_is_the_same_bit_for_bit(style: str, dtype: torch.dtype) -
             torch.manual_seed(call)
             results.append((y, *torch.autograd.grad(y, of, torch.randn(y.shape, device="cuda").to(dtype))))
         assert all(torch.equal(a, b) for a, b in zip(*results)), call
-    written = [tape for tape in (taped._tapes.seen.values() if taped._tapes else ()) if hasattr(tape, "replay")]
-    assert bool(written) == (not taped.without_kernel)
+    seen = list(taped._tapes.seen.values()) if taped._tapes else []
+    assert bool(seen) == (not taped.without_kernel)
+    assert all(hasattr(tape, "replay") for tape in seen), seen
 
 
 @pytest.mark.gpu

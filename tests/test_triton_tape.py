@@ -7,10 +7,12 @@ Triton's interpreter knows no launches, so this runs in a process of its own wit
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -167,10 +169,15 @@ def check_not_on_tape() -> None:
         "another dtype": lambda x: x.view(torch.int32) + 0,
         "new and old memory": lambda x: torch.ops.aten._unsafe_view(x, [16, 4]),
     }
+    gc.disable()
     for name, body in bodies.items():
         for _ in range(4):
             x = torch.randn(4, 16)
             assert torch.equal(paper.tapes.run((name,), (x,), lambda b=body, x=x: b(x)), body(x)), name
+            given = weakref.ref(x)
+            del x
+            assert given() is None, f"{name}: what was watched is still held"
+    gc.enable()
     written = {key[0] for key, tape in paper.tapes.seen.items() if hasattr(tape, "replay")}
     assert written <= {"new and old memory"}, written
 
