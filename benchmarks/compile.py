@@ -200,6 +200,7 @@ def use_cache(folder: Path) -> None:
     """Compiled code of Inductor and Triton is kept in this folder from now on."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
 
 
 def cold(name: str, folder: Path, arguments: list[str], seconds: float) -> float:

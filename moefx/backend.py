@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensor
 
-from moefx import probe, region_op, search
+from moefx import known, probe, region_op, search
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
 from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, Observed, observe
@@ -249,8 +249,8 @@ def _rewrite_parts(
         if taken.intersection(part.nodes):
             continue
         key = _key(part, params, seen, options)
-        if key not in analysed and key in KNOWN:
-            analysed[key] = replace(KNOWN[key], name="")
+        if key not in analysed and (before := _known(key, part)):
+            analysed[key] = before
         if key not in analysed:
             if len(analysed) == MAX_PARTS:
                 raise Decline(f"more than {MAX_PARTS} different candidates in one graph")
@@ -258,10 +258,8 @@ def _rewrite_parts(
             if isinstance(reason := analysed[key], Decline):
                 report.declined.append(DeclinedBlock(part.name, reason.reason, reason.nearest, reason.location))
                 find_log.info("declined %s: %s", part.name or "the graph", reason)
-            elif all(n.op != "get_attr" for n in part.nodes):  # what those hold is no part of the structure
-                if len(KNOWN) >= MAX_KNOWN:
-                    KNOWN.pop(next(iter(KNOWN)))
-                KNOWN[key] = reason
+            else:
+                _keep(key, part, reason)
         found = analysed[key]
         if isinstance(found, Decline):
             continue
@@ -278,6 +276,31 @@ def _rewrite_parts(
     gm.graph.lint()
     gm.recompile()
     return bound
+
+
+def _known(key: Any, part: Part) -> Found | None:
+    """What was found for such parts in an earlier graph, of this process or another."""
+    if key in KNOWN:
+        return replace(KNOWN[key], name="")
+    if _whole(part) and (text := known.text_of(key)) and (found := known.load(text)):
+        KNOWN[key] = found
+        return replace(found)
+    return None
+
+
+def _keep(key: Any, part: Part, found: Found) -> None:
+    if not _whole(part):
+        return
+    if len(KNOWN) >= MAX_KNOWN:
+        KNOWN.pop(next(iter(KNOWN)))
+    KNOWN[key] = found
+    if text := known.text_of(key):
+        known.save(text, found)
+
+
+def _whole(part: Part) -> bool:
+    """Whether its structure says all of it: not what attributes of the graph's module hold, nor what its submodules do."""
+    return all(n.op not in ("get_attr", "call_module") for n in part.nodes)
 
 
 def _analyse(

@@ -207,10 +207,14 @@ def _processor() -> str:
 
 
 def cache_path(device: str, ranks: int = 1) -> Path:
-    """$XDG_CACHE_HOME/moefx (or ~/.cache/moefx): one file for a device and a number of ranks."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """In `cache_folder`, one file for a device and a number of ranks."""
     name = "".join(ch if ch.isalnum() else "-" for ch in device).strip("-").lower()
-    return Path(base) / "moefx" / f"profile-{name}-{ranks}.json"
+    return cache_folder() / f"profile-{name}-{ranks}.json"
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/moefx (or ~/.cache/moefx)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "moefx"
 
 
 # ------------------------------------------------------------------------------------------------ published constants
