@@ -80,7 +80,7 @@ def plans_for(
     pairs = dict.fromkeys([decided, (forward, backward), (forward, forward), (backward, backward)])
     if len(pairs) > 1 and options.degrees == ("auto", "auto"):  # where they differ, rows are cut anew between the phases
         steps = measured(pairs)[STEP]
-        forward, backward = fastest(steps, decided)
+        forward, backward = fastest(steps, (forward, backward))  # a phase alone scatters less than a step
         told.append(_told(STEP, {f"{f}/{b}": runs for (f, b), runs in steps.items()}))
     return replace(plans_of(replace(options, degree=forward, backward_degree=backward)), measured=tuple(told))
 
@@ -95,7 +95,7 @@ def candidates(chosen: int, capacity: int) -> list[int]:
 
 
 def fastest(runs: Mapping[Chosen, Runs], decided: Chosen) -> Chosen:
-    """What the costs decided on, if nothing ran faster beyond doubt; else the least degree of those that ran as fast as any."""
+    """What was decided on before, if nothing ran faster beyond doubt; else the least degree of those that ran as fast as any."""
     best = min(runs.values(), key=lambda r: r.median_s)
     limit = replace(best, median_s=(1 + NOT_WORTH_A_CHUNK) * best.median_s)
     as_fast = [r for r, of in runs.items() if of.no_slower(limit)]
