@@ -280,22 +280,24 @@ def _rewrite_parts(
 
 def _known(key: Any, part: Part) -> Found | None:
     """What was found for such parts in an earlier graph, of this process or another."""
-    if key in KNOWN:
-        return replace(KNOWN[key], name="")
-    if _whole(part) and (text := known.text_of(key)) and (found := known.load(text)):
-        KNOWN[key] = found
-        return replace(found)
-    return None
+    if key not in KNOWN and _whole(part) and (text := known.text_of(key)) and (found := known.load(text)):
+        _remember(key, found)
+    before = KNOWN.get(key)
+    return before if before is None or before.name == known.EARLIER else replace(before, name="")
 
 
 def _keep(key: Any, part: Part, found: Found) -> None:
     if not _whole(part):
         return
+    _remember(key, found)
+    if text := known.text_of(key):
+        known.save(text, found)
+
+
+def _remember(key: Any, found: Found) -> None:
     if len(KNOWN) >= MAX_KNOWN:
         KNOWN.pop(next(iter(KNOWN)))
     KNOWN[key] = found
-    if text := known.text_of(key):
-        known.save(text, found)
 
 
 def _whole(part: Part) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from moefx.errors import CapacityError, CommunicationError
 from moefx.ir import chunk_bounds
+from moefx.ops import exclusive, runs
 from moefx.runtime import OpTable, Runtime
 
 Rows = list[int]  # for each rank
@@ -226,11 +227,12 @@ class Counted(ParallelRuntime):
         return splits
 
     def _splits(self, counts: Tensor) -> list[tuple[Rows, Rows, list[Rows] | None]]:
-        experts, ranks, most, held = self.wire.experts, self.wire.ranks, self.wire.most, len(self.wire.held)
+        experts, ranks, held = self.wire.experts, self.wire.ranks, len(self.wire.held)
+        theirs = [experts_of(experts, ranks, p) for p in range(ranks)]
         pairs = experts + ranks * held  # where they begin
         return [
             (
-                [sum(rows[min(p * most, experts) : min((p + 1) * most, experts)]) for p in range(ranks)],
+                [sum(rows[of.start : of.stop]) for of in theirs],
                 [sum(rows[i : i + held]) for i in range(experts, pairs, held)] if held else [0] * ranks,
                 [rows[i : i + ranks] for i in range(pairs, len(rows), ranks)] or None,
             )
@@ -266,27 +268,25 @@ class Counted(ParallelRuntime):
         """
         received = self.parts(counts)[1]
         lying = received.sum(1).transpose(1, 2)  # [rf, e, P]: how forward's chunks lie in memory
-        first = _exclusive(lying.reshape(-1)).view_as(lying).permute(1, 2, 0)
+        first = exclusive(lying.reshape(-1)).view_as(lying).permute(1, 2, 0)
         of_before, of_chunk = (t.permute(1, 3, 2, 0) for t in (received.cumsum(1) - received, received))  # [r, e, P, rf]
         sizes = of_chunk.flatten(1).sum(1)
         even = torch.stack([torch.zeros_like(sizes), sizes % 2], 1)  # what makes every piece even
-        shifts, lengths = (
-            torch.cat([part.flatten(1), even[:, i : i + 1]], 1).reshape(-1) for i, part in enumerate((first + of_before, of_chunk))
-        )
-        shifts, lengths = self._upload(torch.stack([shifts - _exclusive(lengths), lengths]).int())
+        table = [torch.cat([t.flatten(1), even[:, i : i + 1]], 1) for i, t in enumerate((first + of_before, of_chunk))]
         cuts = [n for size in sizes.tolist() for n in (size, size % 2)]
-        numbers = torch.repeat_interleave(shifts, lengths, output_size=sum(cuts)) + torch.arange(sum(cuts), device=self._device)
+        begins, lengths = self._upload(torch.stack(table))
+        numbers = runs(begins, lengths, sum(cuts))
         arrived = rorder_all.index_select(0, numbers) if rorder_all.numel() else rorder_all
         return list(zip(arrived.split(cuts)[::2], numbers.split(cuts)[::2]))
 
     def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
         """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""
-        starts = _exclusive(self.parts(counts)[0].sum((1, 2))).tolist()
+        starts = exclusive(self.parts(counts)[0].sum((1, 2))).tolist()
         return torch.cat([torch.where(p < 0, p, p + start) for p, start in zip(positions, starts)])
 
     def arrived_of_all(self, counts: Tensor, orders: Sequence[Tensor]) -> Tensor:
         """The order of what arrived in all chunks of forward, chunk by chunk."""
-        starts = _exclusive(self.parts(counts)[1].sum((1, 2, 3))).tolist()
+        starts = exclusive(self.parts(counts)[1].sum((1, 2, 3))).tolist()
         return torch.cat([order + start for order, start in zip(orders, starts)])
 
     def pick_own(self, h_all: Tensor, position_all: Tensor, order: Tensor, counts: Tensor, chunk: int) -> Tensor:
@@ -450,8 +450,3 @@ def _chunk_of(number: Tensor, total: int, degree: int) -> tuple[Tensor, Tensor, 
     base, more = divmod(total, degree)
     chunk = _chunk_of_token(number, total, degree)
     return chunk, chunk * base + chunk.clamp(max=more), base + (chunk < more).long()
-
-
-def _exclusive(counts: Tensor) -> Tensor:
-    """Sums of all that come before."""
-    return counts.cumsum(0) - counts

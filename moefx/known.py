@@ -18,7 +18,6 @@ import logging
 import os
 import pickle
 import platform
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -35,6 +34,7 @@ from moefx.profile import cache_folder
 
 log = logging.getLogger(__name__)
 
+EARLIER = "an earlier process"  # the name of what was found there
 MOST = 512  # files; the oldest go
 STABLE = ("torch", "_operator", "operator", "math", "builtins")  # modules whose functions a version of torch or Python names
 STABLE_OPERATORS = ("aten", "prims")
@@ -72,15 +72,16 @@ def save(text: str, found: Found) -> None:
     if not _enabled():
         return
     file = _file(text)
+    new = file.with_suffix(f".{os.getpid()}")
     try:
+        content = pickle.dumps((text, _kept(found)))
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
-            new.write(pickle.dumps((text, _kept(found))))
-        os.replace(new.name, file)  # other processes see all of it or nothing
+        new.write_bytes(content)
+        os.replace(new, file)  # other processes see all of it or nothing
         for old in sorted(file.parent.glob("*.pickle"), key=lambda f: f.stat().st_mtime)[:-MOST]:
             old.unlink(missing_ok=True)
-    except OSError as reason:
-        log.warning("what was found is not kept for other processes: %s", reason)
+    except Exception as reason:  # noqa: BLE001 - compiling does not depend on it
+        log.warning("what was found is not kept for other processes: %s: %s", type(reason).__name__, reason)
 
 
 def _enabled() -> bool:
@@ -105,7 +106,7 @@ def _kept(found: Found) -> dict[str, Any]:
 def _restored(kept: Mapping[str, Any]) -> Found:
     compiled = compile_region(*kept["region"])
     change = Placed(call=Routed(compiled, *kept["routed"]), **kept["place"])
-    return Found("an earlier process", change, compiled, kept["top_k"], kept["errors"])
+    return Found(EARLIER, change, compiled, kept["top_k"], kept["errors"])
 
 
 # ------------------------------------------------------------------------------------------------ keys as text

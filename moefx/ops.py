@@ -62,20 +62,20 @@ def regroup(received: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     row goes).
     """
     by_expert = received.t()
-    lies, goes = (_exclusive(t.reshape(-1)).view_as(t) for t in (received, by_expert))
+    lies, goes = (exclusive(t.reshape(-1)).view_as(t) for t in (received, by_expert))
     offsets = torch.nn.functional.pad(received.sum(0).cumsum(0), (1, 0)).int()
-    return _runs(lies.t(), by_expert, rows), offsets, _runs(goes.t(), received, rows).unsqueeze(1)
+    return runs(lies.t(), by_expert, rows), offsets, runs(goes.t(), received, rows).unsqueeze(1)
 
 
-def _exclusive(lengths: Tensor) -> Tensor:
+def exclusive(lengths: Tensor) -> Tensor:
     """Where each of some lengths [n] begins."""
     return lengths.cumsum(0) - lengths
 
 
-def _runs(begins: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """Runs of ascending numbers, one behind the other; `total` in all."""
+def runs(begins: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """[total]: runs of ascending numbers, one behind the other, of some first numbers and lengths (integers of any shape)."""
     begins, lengths = begins.reshape(-1), lengths.reshape(-1)
-    shifts = (begins - _exclusive(lengths)).repeat_interleave(lengths, output_size=total)
+    shifts = (begins - exclusive(lengths)).repeat_interleave(lengths, output_size=total)
     return shifts + torch.arange(total, device=lengths.device)
 
 

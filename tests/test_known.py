@@ -77,6 +77,9 @@ def test_the_next_process_analyses_nothing(kind: Any, request: pytest.FixtureReq
     (found,) = GRAPHS[-1].found
     assert found.same_as == "an earlier process" and found.errors
     assert "an earlier process" in str(moefx.explain(model))
+    with torch.no_grad():
+        compiled(model)(tests.tokens(3, 11))
+    assert [f.same_as for f in GRAPHS[-1].found] == [found.same_as], "a later graph of this process says so too"
 
 
 class Wider(tests.DenseBmm):
@@ -136,6 +139,15 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pyt
     (tmp_path / "moefx").write_text("a file where the folder should be", encoding="utf-8")
     right(tests.DenseBmm())
     assert GRAPHS[-1].found and "not kept" in caplog.text
+
+
+def test_what_cannot_be_written_down_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(known, "_kept", lambda found: lambda: found)
+    right(tests.DenseBmm())
+    assert GRAPHS[-1].found and "not kept" in caplog.text
+    assert not list(tmp_path.glob("moefx/found/*"))
 
 
 def mine(x: Tensor) -> Tensor:
