@@ -96,7 +96,8 @@ def test_torchrun_on_every_host(netbox, tmp_path: Path) -> None:
         dist.init_process_group("gloo")
         x = torch.tensor([float(dist.get_rank())])
         dist.all_reduce(x)
-        print("sum", x.item(), "on", os.environ["GROUP_RANK"])
+        # One write a rank: ranks share the pipe, and print writes piece by piece where output is unbuffered.
+        os.write(1, f"sum {x.item()} on {os.environ['GROUP_RANK']}\\n".encode())
         dist.destroy_process_group()
         """)
     )
