@@ -30,6 +30,7 @@ from moefx.runtime import ops_for
 RUNS = 5
 SIZES = 10  # a kind of work; every second one is held out
 SHORTEST_RUN_S = 1e-3  # faster work is repeated within a run
+SHORTEST_EXCHANGES_S = 2e-2  # on the CPU: links let through the first bytes after a pause faster than those that follow
 CYCLES_A_LAUNCH = 500_000  # of a GPU, about 0.3 ms: longer than the host takes for a call
 AHEAD = 50  # calls that the host gets ahead by, at most
 HUBER = 1.345  # residuals beyond this many standard deviations count less
@@ -299,6 +300,7 @@ def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
     result: dict[str, list[Sample]] = {}
     group = dist.distributed_c10d._get_default_group()
     probes = [*collective_probes(device, group.size(), scale), *all_to_all_probes(device, group, scale)]
+    shortest_s, most_repeats = (SHORTEST_RUN_S, 10) if device == "cuda" else (SHORTEST_EXCHANGES_S, 50)
     for probe in probes:
         samples: list[Sample] = []
         for size in _progress(probe, probe.scales()):
@@ -315,7 +317,7 @@ def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
                 break
             once = torch.tensor(seconds_of(work, device, 1), device=device)
             dist.all_reduce(once, dist.ReduceOp.MAX)
-            repeat = max(1, min(10, math.ceil(SHORTEST_RUN_S / max(float(once), 1e-7))))
+            repeat = max(1, min(most_repeats, math.ceil(shortest_s / max(float(once), 1e-7))))
             runs = []
             for _ in range(RUNS):
                 dist.barrier()

@@ -14,9 +14,10 @@ s slices of them, A ranks that sum them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -228,13 +229,22 @@ def price(graph: TaskGraph, sizes: Sizes, profile: Profile) -> TaskGraph:
 class BlockTimes:
     """What a phase of one block takes where it runs, beside what a profile knows of its tasks (`moefx.measured.block_times`).
 
-    compute_s: all that is no exchange, in one chunk. chunk_s: what each further chunk adds to that. exchange_s: an exchange of
-    next to nothing, which no exchange is faster than.
+    computed_s: all that is no exchange, by the number of chunks that it was measured in, one chunk first. exchange_s: an
+    exchange of next to nothing, which no exchange is faster than.
     """
 
-    compute_s: float
-    chunk_s: float = 0.0
+    computed_s: Mapping[int, float]
     exchange_s: float = 0.0
+
+    def compute_s(self, degree: int) -> float:
+        """What is computed in so many chunks: on the straight line between the two measured degrees around it. Beyond the last
+        the line goes on, but a chunk more never makes it shorter there."""
+        points = sorted(self.computed_s.items())
+        if len(points) == 1:
+            return points[0][1]
+        (low, low_s), (high, high_s) = next((pair for pair in pairwise(points) if degree <= pair[1][0]), points[-2:])
+        slope = (high_s - low_s) / (high - low)
+        return low_s + (degree - low) * slope if degree <= high else high_s + (degree - high) * max(0.0, slope)
 
 
 def price_block(graph: TaskGraph, whole: TaskGraph, times: BlockTimes) -> TaskGraph:
@@ -243,14 +253,12 @@ def price_block(graph: TaskGraph, whole: TaskGraph, times: BlockTimes) -> TaskGr
     whole: the same graph in one chunk, priced.
     """
     computed = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource == COMPUTE}
-    all_s = sum(computed.values())
+    seconds_a_share = times.compute_s(graph.degree) / sum(computed.values())
 
     def seconds_of(task: Task) -> float:
         if task.resource != COMPUTE:
             return max(graph.seconds[task.name], times.exchange_s)
-        share = computed[task.kind] / all_s
-        if task.chunk == NO_CHUNK:
-            return share * times.compute_s
-        return share * (times.compute_s + (graph.degree - 1) * times.chunk_s) / graph.degree
+        share = seconds_a_share * computed[task.kind]
+        return share if task.chunk == NO_CHUNK else share / graph.degree
 
     return graph.timed(seconds_of)

@@ -30,7 +30,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 # Rounds that are measured, after one that is not: more where they are short, and noise is larger.
 ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 15, 3.0
-MANY = 4  # chunks of the plan that shows what a chunk adds
+CHUNKS = (1, 4, 16)  # of the plans that show what is computed in so many
 STEP = "step"  # forward, and backward right behind it
 
 
@@ -94,14 +94,14 @@ class Arrived:
 def block_times(
     region: Region, local: Region, params: Mapping[str, Tensor], tokens: int, wire: Wire, kernels: str
 ) -> dict[str, BlockTimes]:
-    """By phase, what a block takes in one chunk and in MANY whose exchanges carry next to nothing; codecs are part of it.
+    """By phase, what a block takes in CHUNKS whose exchanges carry next to nothing; codecs are part of it.
 
     local: this rank's experts, with their parameters by name. All ranks call it, each with its tokens.
     """
     wire = replace(wire, capacity=None)
     sizes = Sizes(tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
     regions = {}
-    for degree in (1, MANY):
+    for degree in CHUNKS:
         plans = compile_parallel(region, local, Options(degree=degree, policy="fifo"), sizes, None, dict.fromkeys(wire.codecs, 1.0))
         at_once = AtOnce(wire.all_to_all, wire.ranks)
         regions[degree] = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=at_once))
@@ -111,10 +111,9 @@ def block_times(
     exchanges = [_timed([exchange], device, wire.group)[0] for _ in range(ROUNDS + 1)]
     least = _slowest(statistics.median(exchanges[1:]), device, wire.group)
     seconds = measure(regions, params, set(params), tokens, wire.group)
-    times = {phase: (seconds[phase][1].median_s, seconds[phase][MANY].median_s) for phase in PHASES}
     return {
-        phase: BlockTimes(max(0.0, one - 2 * least), max(0.0, many - one) / (MANY - 1), least)
-        for phase, (one, many) in times.items()
+        phase: BlockTimes({r: max(0.0, runs.median_s - 2 * least) for r, runs in seconds[phase].items()}, least)
+        for phase in PHASES
     }
 
 

@@ -33,10 +33,11 @@ from ranks import Place, run_ranks
 PREFIX = "moefx-box"
 NAMESPACES = Path("/run/netns")
 PORT = 29500  # free in every new namespace
-# Large packets, as clusters have them: with 1500 bytes each, passing them on takes a third of the cores that shall compute.
-MTU = 9000
-# What tbf lets through at full speed: small against messages, and enough that it wakes up no more than 2000 times a second.
-BUCKET_BYTES, BUCKET_S = 12_000, 5e-4
+# What tbf lets through at full speed, and packets as large as that: each packet wakes tbf, the kernel and the reader, on cores
+# that shall compute, so there are 1000 a second at most. (With packets of 9000 bytes, what is computed beside an exchange at
+# 800 Mbit/s takes half again as long.) Small against messages.
+BUCKET_BYTES, BUCKET_S = 12_000, 1e-3
+MTU, ETHERNET_BYTES = 65_535, 14
 LATENCY = "200ms"  # the longest time in its queue
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
@@ -124,8 +125,9 @@ class Netbox:
             ip("-n", namespace, "link", "set", "eth0", "up")
             for interface, rate in self._rates.items():
                 if rate:
-                    ip("-n", namespace, "link", "set", interface, "mtu", str(MTU))
-                    limit = ("root", "tbf", "rate", rate, "burst", bucket(rate), "latency", LATENCY)
+                    burst = bucket(rate)
+                    ip("-n", namespace, "link", "set", interface, "mtu", str(min(MTU, burst - ETHERNET_BYTES)))
+                    limit = ("root", "tbf", "rate", rate, "burst", str(burst), "latency", LATENCY)
                     command("tc", "-n", namespace, "qdisc", "add", "dev", interface, *limit)
 
     @staticmethod
@@ -187,11 +189,11 @@ def close_all() -> None:
         box.close()
 
 
-def bucket(rate: str) -> str:
-    """Bytes of tbf's bucket for a rate such as "200mbit"; larger packets than that would never pass."""
+def bucket(rate: str) -> int:
+    """Bytes of tbf's bucket for a rate such as "200mbit"; larger packets than that never pass."""
     known = re.fullmatch(r"([\d.]+)(kbit|mbit|gbit)", rate)  # what else tc takes gets the least
     bits = float(known[1]) * UNITS[known[2]] if known else 0.0
-    return str(round(max(BUCKET_BYTES, BUCKET_S * bits / 8)))
+    return round(max(BUCKET_BYTES, BUCKET_S * bits / 8))
 
 
 def sweep() -> None:

@@ -157,7 +157,7 @@ def test_what_a_chunk_more_costs_lowers_the_degree() -> None:
     sizes = Sizes(tokens=8192, top_k=2, d_model=4096, d_expert=4096, experts=6, ranks=3)
     degrees = []
     for chunk_s in (0.0, 1e-3, 1e-2, 1.0):
-        times = {phase: BlockTimes(0.5, chunk_s) for phase in ("forward", "backward")}
+        times = {phase: BlockTimes({1: 0.5, 4: 0.5 + 3 * chunk_s}) for phase in ("forward", "backward")}
         plans = compile_parallel(region, local(region), Options(), sizes, profile, {}, times=times)
         degrees.append([s.degree for s in plans.schedules])
     for of_phase in zip(*degrees):
@@ -170,11 +170,19 @@ def test_what_a_block_takes_is_taken_as_measured() -> None:
     region, profile = simplify(regions.region("swiglu_fused")), preset("pipemoe-16")
     profile = replace(profile, lines={**profile.lines, "permute": replace(profile.lines["experts"], unit="hbm_bytes")})
     sizes = Sizes(tokens=8192, top_k=2, d_model=4096, d_expert=4096, experts=6, ranks=3)
-    times = {"forward": BlockTimes(0.5, 0.01), "backward": BlockTimes(1.5, 0.02, exchange_s=7.0)}
+    times = {"forward": BlockTimes({1: 0.5, 4: 0.53}), "backward": BlockTimes({1: 1.5, 4: 1.56}, exchange_s=7.0)}
     for degree in (1, 4):
         options = Options(degree=degree, backward_degree=degree)
         plans = compile_parallel(region, local(region), options, sizes, profile, {}, times=times)
         for timeline, measured in zip(plans.timelines, times.values()):
             assert timeline is not None
-            assert timeline.busy_s["compute"] == pytest.approx(measured.compute_s + (degree - 1) * measured.chunk_s)
+            assert timeline.busy_s["compute"] == pytest.approx(measured.computed_s[degree])
         assert plans.timelines[1].busy_s["inter"] == pytest.approx(2 * degree * 7.0)  # type: ignore[union-attr]
+
+
+def test_between_measured_numbers_of_chunks_lies_a_straight_line() -> None:
+    """It falls where more chunks computed faster, but not beyond the last one that was measured."""
+    times = BlockTimes({1: 0.8, 4: 0.5, 16: 1.1})
+    assert [times.compute_s(r) for r in (1, 2, 4, 10, 16, 28)] == pytest.approx([0.8, 0.7, 0.5, 0.8, 1.1, 1.7])
+    assert BlockTimes({1: 0.8, 4: 0.5}).compute_s(10) == 0.5
+    assert BlockTimes({1: 0.8}).compute_s(10) == 0.8
