@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from moefx.codegen.all_to_all import make_all_to_all  # noqa: E402
 from moefx.codegen.codecs import CODECS  # noqa: E402
-from moefx.passes.simplify import simplify  # noqa: E402
+from multi_gpu_parts.plans import Layer as Experts  # noqa: E402
 from netbox import netbox, why_not  # noqa: E402
 from overlap import table  # noqa: E402
 
@@ -40,7 +40,7 @@ from moefx.costs import BlockTimes, Sizes  # noqa: E402
 from moefx.degrees import plans_for  # noqa: E402
 from moefx.exchange import Wire  # noqa: E402
 from moefx.holding import holding  # noqa: E402
-from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template  # noqa: E402
+from moefx.ir import Region  # noqa: E402
 from moefx.measured import AtOnce, block_times  # noqa: E402
 from moefx.parallel_region import ParallelRegion  # noqa: E402
 from moefx.profile import Profile  # noqa: E402
@@ -63,23 +63,7 @@ class Layer:
         return f"T={self.tokens} D={self.d_model} F={self.d_expert} E={self.experts} K={self.top_k}"
 
     def region(self) -> Region:
-        d, f, e = self.d_model, self.d_expert, self.experts
-
-        def leaf(name: str, shape: tuple[int, int], at: int, every: int) -> Leaf:
-            return Leaf(shape, (1, shape[0]), (name,) * e, tuple(at + i * every for i in range(e)))
-
-        leaves = (
-            leaf("gate_up", (d, f), 0, 2 * d * f), leaf("gate_up", (d, f), d * f, 2 * d * f), leaf("down", (f, d), 0, d * f)
-        )  # fmt: skip
-        instrs = (
-            Instr("x", width=d),
-            Instr("linear", args=(Ref(0), LeafRef(0)), width=f),
-            Instr("linear", args=(Ref(0), LeafRef(1)), width=f),
-            Instr("op", "aten.silu.default", (Ref(1),), (), f),
-            Instr("op", "aten.mul.Tensor", (Ref(3), Ref(2)), (), f),
-            Instr("linear", args=(Ref(4), LeafRef(2)), width=d),
-        )
-        return simplify(Region(e, self.top_k, d, d, f, Template(instrs), leaves))
+        return Experts(self.d_model, self.d_expert, self.experts, self.top_k).region()
 
     def sizes(self, ranks: int) -> Sizes:
         return Sizes(self.tokens, self.top_k, self.d_model, self.d_expert, self.experts, ranks, bytes_per_element=4)
@@ -123,6 +107,13 @@ class Rank:
     def forward(self, region: ParallelRegion) -> Callable[[], Any]:
         tensors = [self.params[n] for n in region.binder.names]
         return lambda: region.run_forward(self.x.detach(), self.ids, self.w, tensors, None)
+
+    def exchanges(self, times: int) -> Callable[[], Any]:
+        """All rows of the layer to their experts' ranks, so many times one after the other, and nothing else."""
+        ranks, rows = self.group.size(), self.layer.tokens * self.layer.top_k
+        counts = [rows // ranks] * ranks
+        send = torch.randn(sum(counts), self.layer.d_model)
+        return lambda: [exchange_of("direct").start(send, counts, counts).wait() for _ in range(times)]
 
     def step(self, region: ParallelRegion) -> Callable[[], Any]:
         return lambda: region(self.x, self.ids, self.w, self.params).backward(self.gy)
@@ -189,7 +180,10 @@ def sweep_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> tuple[str,
     rows = []
     for layer in chosen:
         rank = Rank(layer, profile)
-        auto, costs = (rank.plan(moefx.Options(measured=measured))[1].schedules[0].degree for measured in (True, False))
+        of_forward = moefx.Options(backward_degree=1)  # each phase has a degree of its own
+        auto, costs = (
+            rank.plan(replace(of_forward, measured=measured))[1].schedules[0].degree for measured in (True, False)
+        )
         degrees = [r for r in range(1, DEGREES + 1) if r <= layer.sizes(dist.get_world_size()).capacity]
         made = [rank.plan(moefx.Options(degree=r)) for r in degrees]
         turns = all_turns([rank.forward(region) for region, _ in made], rounds)
@@ -268,13 +262,14 @@ def gain_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> list[dict[s
         rank = Rank(layer, profile)
         one, _ = rank.plan(moefx.Options(degree=1))
         best, plans = rank.plan(moefx.Options())
-        # What cannot overlap: the same work without any wire, and the exchanges alone.
-        alone = rank.plan(moefx.Options(degree=1))[0]
+        forward, backward = best.degrees
+        # What cannot overlap: the same chunks without any wire, and the exchanges of both phases, there and back, alone.
+        alone = rank.plan(moefx.Options(degree=forward, backward_degree=backward))[0]
         alone.wire = replace(alone.wire, all_to_all=AtOnce())
-        one_s, auto_s, compute_s = in_turns([rank.step(one), rank.step(best), rank.step(alone)], rounds)
+        works = [rank.step(one), rank.step(best), rank.step(alone), rank.exchanges(4)]
         rows.append({
-            "layer": asdict(layer), "one": one_s, "auto": auto_s, "compute": compute_s, "degrees": best.degrees,
-            "predicted": sum(t.makespan_s for t in plans.timelines if t),
+            "layer": asdict(layer), **dict(zip(("one", "auto", "compute", "wire"), in_turns(works, rounds))),
+            "degrees": best.degrees, "predicted": sum(t.makespan_s for t in plans.timelines if t),
         })  # fmt: skip
     return rows
 
@@ -282,16 +277,15 @@ def gain_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> list[dict[s
 def gain(options: argparse.Namespace) -> None:
     rows = []
     for rate in options.rates:
-        chosen = [Layer(1024, 256, f, 4, 2) for f in (32, 128, 256, 512, 1024, 2048)]
+        chosen = [Layer(options.tokens, 256, f, 4, 2) for f in (64, 256, 512, 1024, 2048)]
         with netbox(2, 1, rate) as box:
             found = box.run(gain_rank, chosen, options.rounds, options.scale, timeout_s=1800)[0]
         for row in found:
-            wire_s = row["one"] - row["compute"]
-            could = min(wire_s, row["compute"])  # a perfect schedule hides the smaller of the two
-            hidden = (row["one"] - row["auto"]) / could if could > 0 else 0.0
+            alone_s = row["compute"], row["wire"]
+            hidden = (sum(alone_s) - row["auto"]) / min(alone_s)  # a perfect schedule hides the smaller of the two
             rows.append([
-                rate, str(Layer(**row["layer"])), f"{1e3 * row['compute']:.0f}", f"{1e3 * wire_s:.0f}", f"{1e3 * row['one']:.0f}",
-                f"{1e3 * row['auto']:.0f}", f"{row['degrees'][0]}, {row['degrees'][1]}", f"{row['one'] / row['auto']:.2f}",
+                rate, str(Layer(**row["layer"])), *(f"{1e3 * s:.0f}" for s in (*alone_s, row["one"], row["auto"])),
+                f"{row['degrees'][0]}, {row['degrees'][1]}", f"{row['one'] / row['auto']:.2f}",
                 f"{100 * hidden:.0f} %", f"{100 * (row['predicted'] / row['auto'] - 1):+.0f} %",
             ])  # fmt: skip
     head = ["link", "layer", "compute ms", "wire ms", "r=1 ms", "auto ms", "r forward, backward", "gain", "hidden", "prediction"]
@@ -337,6 +331,8 @@ def main() -> None:
         sub.add_argument("--rates", nargs="+", default=rates, help="out of each host, as tc writes it")
         sub.add_argument("--rounds", type=int, default=rounds)
         sub.add_argument("--scale", type=float, default=0.5, help="of the sizes that are calibrated")
+        if run is gain:
+            sub.add_argument("--tokens", type=int, default=4096, help="of each rank")
         if run is sweep:
             sub.add_argument("--layers", type=int, default=104)
             sub.add_argument("--out", type=Path, help="raw measurements, JSON")

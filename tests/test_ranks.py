@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ def hangs(bad: int) -> int:
     return os.getpid()
 
 
+def kinds_of_threads() -> dict[str, int]:
+    """By name, how the kernel schedules this process's threads."""
+    threads = Path("/proc/self/task").iterdir()
+    return {(t / "comm").read_text(encoding="utf-8").strip(): os.sched_getscheduler(int(t.name)) for t in threads}
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
@@ -53,6 +60,12 @@ def test_results_by_rank(world: int) -> None:
     results = run_ranks(world, total, 10)
     assert [rank for rank, _ in results] == list(range(world))
     assert all(x.tolist() == [expected, expected] for _, x in results)
+
+
+def test_the_threads_of_gloo_are_batch_work_and_no_other() -> None:
+    for kinds in run_ranks(2, kinds_of_threads):
+        assert kinds.pop("gloo_tcp_loop") == os.SCHED_BATCH
+        assert set(kinds.values()) == {os.SCHED_OTHER}
 
 
 def test_a_failure_carries_its_traceback() -> None:

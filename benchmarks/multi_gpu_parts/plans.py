@@ -39,7 +39,7 @@ class Layer:
     def __str__(self) -> str:
         return f"D={self.d_model} F={self.d_expert} E={self.experts} K={self.top_k}"
 
-    def region(self) -> Any:
+    def region(self) -> Region:
         """What moefx finds in such a block."""
         d, f, e = self.d_model, self.d_expert, self.experts
 
