@@ -95,11 +95,12 @@ def candidates(chosen: int, capacity: int) -> list[int]:
 
 
 def fastest(runs: Mapping[Chosen, Runs], decided: Chosen) -> Chosen:
-    """What was decided on before, if nothing ran faster beyond doubt; else the least degree of those that ran as fast as any."""
+    """What was decided on before, if nothing ran faster beyond doubt; else the least degree whose runs took no longer than any."""
     best = min(runs.values(), key=lambda r: r.median_s)
     limit = replace(best, median_s=(1 + NOT_WORTH_A_CHUNK) * best.median_s)
-    as_fast = [r for r, of in runs.items() if of.no_slower(limit)]
-    return decided if decided in as_fast else min(as_fast)
+    if decided in runs and runs[decided].no_slower(limit):
+        return decided
+    return min(r for r, of in runs.items() if of.median_s <= limit.median_s)
 
 
 def _matrices(region: Region) -> int:

@@ -35,6 +35,8 @@ def test_a_chunk_more_has_to_be_worth_it():
     assert fastest({(1, 1): Runs(1.0), (2, 1): Runs(0.9), (2, 2): Runs(0.9)}, (1, 1)) == (2, 1)
     doubtful = {r: Runs(s, 0.05) for r, s in ((1, 1.0), (2, 0.9), (4, 0.5), (8, 0.6))}
     assert [fastest(doubtful, r) for r in (1, 2, 4, 8)] == [4, 4, 4, 8]
+    scattered = {2: Runs(1.0, 0.3), 6: Runs(0.5, 0.01), 32: Runs(0.9, 0.01)}
+    assert fastest(scattered, 32) == 6  # doubt speaks for what was decided on alone
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=15), st.floats(0, 5))
