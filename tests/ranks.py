@@ -7,6 +7,7 @@ picklable; the function must be importable, so that one defined inside a test is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
@@ -179,9 +180,10 @@ def let_senders_finish() -> None:
     for that lock; where cores are fewer than threads, it spins on the sender's core, which the sender gets back with the next
     tick of the clock, 4 ms later. A thread of batch work waits its turn instead.
     """
-    for task in Path("/proc/self/task").iterdir():
-        if (task / "comm").read_text(encoding="utf-8").startswith("gloo"):
-            os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
+    for comm in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # threads may end meanwhile
+            if comm.read_text(encoding="utf-8").startswith("gloo"):
+                os.sched_setscheduler(int(comm.parent.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 def enter(namespace: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -44,8 +45,11 @@ def hangs(bad: int) -> int:
 
 def kinds_of_threads() -> dict[str, int]:
     """By name, how the kernel schedules this process's threads."""
-    threads = Path("/proc/self/task").iterdir()
-    return {(t / "comm").read_text(encoding="utf-8").strip(): os.sched_getscheduler(int(t.name)) for t in threads}
+    kinds = {}
+    for comm in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # threads may end meanwhile
+            kinds[comm.read_text(encoding="utf-8").strip()] = os.sched_getscheduler(int(comm.parent.name))
+    return kinds
 
 
 @pytest.fixture(autouse=True)
