@@ -98,7 +98,7 @@ def fastest(runs: Mapping[Chosen, Runs], decided: Chosen) -> Chosen:
     """What was decided on before, if nothing ran faster beyond doubt; else the least degree whose runs took no longer than any."""
     best = min(runs.values(), key=lambda r: r.median_s)
     limit = replace(best, median_s=(1 + NOT_WORTH_A_CHUNK) * best.median_s)
-    if decided in runs and runs[decided].no_slower(limit):
+    if runs[decided].no_slower(limit):
         return decided
     return min(r for r, of in runs.items() if of.median_s <= limit.median_s)
 
