@@ -1,16 +1,13 @@
 """Grouped products: the rows of each expert times the expert's own matrix, and the gradient of that matrix.
 
 All sizes that depend on the routing stay on the device: the grid covers the worst case (`row_tiles`), and each program
-finds its expert from the offsets (`expert_tile`). Products accumulate in fp32. Tiles come from `choose_tile`, a rule;
-nothing is tuned at run time, and the number of tokens changes no compile-time constant but the tile's row count.
+finds its expert from the offsets (`expert_tile`). Products accumulate in fp32. Tiles come from `triton_tiles`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
 
-import torch
 import triton
 import triton.language as tl
 from moefx.codegen.triton_launch import (
@@ -36,71 +33,23 @@ from moefx.codegen.triton_launch import (
     store_rows,
     unit_columns,
 )
+from moefx.codegen.triton_tiles import FEW_ROWS, MANY_ROWS, Tile, pointer_tile, tiles_for
 from torch import Tensor
 
 from moefx.errors import InputError
 
-# Row tiles whose programs run near each other walk over the same columns of the weight, which stays in the L2 cache.
-GROUP = 8
+GROUP = 8  # of kernels by pointers: row tiles whose programs walk over the same columns, which stay in the L2 cache
 # Stages of block kernels, as the chip turned out to have room for; see `launch_block`.
 STAGES: dict[Hashable, int] = {}
-# The rows of a tile: few sizes, so that few kernels serve all numbers of tokens.
-ROWS = (16, 128)
-# From so many rows an expert on, at the mean, the copy engine's blocks of 128 rows pay: an expert's matrix is read once.
-MANY_ROWS = ROWS[0] + 1
-# ... for the weights' gradients, whose larger tiles are made by one program a multiprocessor.
-MANY_WGRAD_ROWS = 2048
+BLOCKS_FROM = FEW_ROWS + 1  # rows an expert, at the mean: from here on the copy engine's blocks pay, and a matrix is read once
 
 # ------------------------------------------------------------------------------------------------ tiles
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A program makes rows x columns results in steps of `inner` summands, by `warps` warps with `stages` buffers."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-    def shared_bytes(self, itemsize: int, products: int = 1) -> int:
-        """Shared memory of the operands' buffers for `products` products that share the left operand."""
-        return self.stages * self.inner * (self.rows + products * self.columns) * itemsize
-
-
-def choose_tile(
-    dtype: torch.dtype, precision: str, rows_per_expert: int, columns: int, shared_bytes: int, products: int = 1
-) -> Tile:
-    """The tile of a grouped product: by dtype, mean rows per expert, result columns and the chip's shared memory.
-
-    Rows: the least of ROWS that holds rows_per_expert, so that a tile is not mostly padding.
-    """
-    rows = next((n for n in ROWS if n >= rows_per_expert), ROWS[-1])
-    if dtype.itemsize == 2:
-        if rows < 128:
-            tile = Tile(rows, 128, 64, 4, 4)
-        elif columns >= 256:
-            tile = Tile(128, 256, 64, 8, 4)
-        else:
-            tile = Tile(128, 128, 64, 8, 4)
-    elif precision == "tf32":
-        tile = Tile(rows, 128, 32, 4 if rows < 128 else 8, 3)
-    else:
-        tile = Tile(min(rows, 64), 64, 32, 4, 2)
-    if products > 1:
-        tile = replace(tile, columns=tile.columns // 2)
-    while tile.stages > 2 and tile.shared_bytes(dtype.itemsize, products) > shared_bytes:
-        tile = replace(tile, stages=tile.stages - 1)
-    if tile.shared_bytes(dtype.itemsize, products) > shared_bytes:
-        tile = replace(tile, inner=tile.inner // 2)
-    return tile
-
-
-def tiles_for(
+def pointer_tiles(
     rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1, done: bool = False
 ) -> list[Tile]:
-    """`choose_tile` for these operands, or none where blocks have done it; while kernels are only made ready all that
+    """`pointer_tile` for these operands, or none where blocks have done it; while kernels are only made ready all that
     another number of rows would choose; a small tile in the interpreter."""
     if done and not compiling():
         return []
@@ -108,10 +57,10 @@ def tiles_for(
         return [Tile(32, 32, 32, 4, 1)]
     sizes = [cdiv(total_rows, experts)]
     if compiling():
-        sizes = [n for n in ROWS if n < MANY_ROWS or not done]
-    of_chip = shared_bytes(rows.device)
-    tiles = [choose_tile(rows.dtype, float32_precision(), n, columns, of_chip, products) for n in sizes]
-    return list(dict.fromkeys(tiles))
+        sizes = [n for n in (FEW_ROWS, MANY_ROWS) if n < BLOCKS_FROM or not done]
+    of_chip, precision = shared_bytes(rows.device), float32_precision()
+    made = [pointer_tile(rows.device, rows.dtype, precision, n, rows.shape[1], columns, of_chip, products) for n in sizes]
+    return list(dict.fromkeys(made))
 
 
 # ------------------------------------------------------------------------------------------------ rows @ weight
@@ -218,31 +167,28 @@ def _launch_block_linear(rows: Tensor, weight: Tensor, offsets: Tensor, out: Ten
     experts, inner, columns = weight.shape
     if columns < 128 or not many_rows(rows.shape[0], experts):
         return False
-    tile = Tile(128, 256 if columns >= 256 else 128, 64, 8, 4)
     inner_last = weight.stride(1) == 1
-    block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
-    a, o = described(rows, (tile.rows, tile.inner)), described_rows(out, (tile.rows, tile.columns // 2))
-    b = described(weight.transpose(1, 2) if inner_last else weight, block)
-    if a is None or b is None or o is None:
-        return False
-    programs, key = multiprocessors(rows.device), ("linear", rows.device, inner_last, tile)
-    with on_device(rows):
-        return launch_block(
-            STAGES, key, tile.stages, block_linear_kernel, (programs,),
-            a, b, offsets, o, inner, experts, cdiv(columns, tile.columns), INNER_LAST=inner_last,
-            GROUP=group_for(weight), PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns,
-            BK=tile.inner, num_warps=tile.warps,
-        )  # fmt: skip
+    done = False
+    for tile in tiles_for(rows.device, "linear", cdiv(rows.shape[0], experts), inner, columns):
+        block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
+        a, o = described(rows, (tile.rows, tile.inner)), described_rows(out, (tile.rows, tile.columns // 2))
+        b = described(weight.transpose(1, 2) if inner_last else weight, block)
+        if a is None or b is None or o is None:
+            return False
+        programs, key = tile.programs * multiprocessors(rows.device), ("linear", rows.device, inner_last, tile)
+        with on_device(rows):
+            done = launch_block(
+                STAGES, key, tile.stages, block_linear_kernel, (programs,),
+                a, b, offsets, o, inner, experts, cdiv(columns, tile.columns), INNER_LAST=inner_last,
+                GROUP=tile.group, PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns,
+                BK=tile.inner, num_warps=tile.warps,
+            )  # fmt: skip
+    return done
 
 
 def many_rows(rows: int, experts: int) -> bool:
     """Whether blocks of 128 rows suit; yes while kernels are only made ready for any number of rows."""
-    return compiling() or cdiv(rows, experts) >= MANY_ROWS
-
-
-def group_for(weight: Tensor) -> int:
-    """Row tiles that walk over the columns together: one where an expert's matrix fits the L2 cache beside the rows."""
-    return 1 if weight[0].numel() * weight.element_size() <= 1 << 23 else 4
+    return compiling() or cdiv(rows, experts) >= BLOCKS_FROM
 
 
 def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor, op: str) -> Tensor:
@@ -257,7 +203,7 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     total = rows.shape[0] if order is None else order.numel()
     out = rows.new_empty(total, columns)
     done = not out.numel() or (order is None and _launch_block_linear(rows, weight, offsets, out))
-    for tile in tiles_for(rows, total, experts, columns, done=done):
+    for tile in pointer_tiles(rows, total, experts, columns, done=done):
         tiles_m, tiles_n = row_tiles(total, experts, tile.rows), cdiv(columns, tile.columns)
         with on_device(rows):
             launch(
@@ -371,22 +317,18 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
         return False
     if out.stride(1) == 1 and out.stride(2) != 1:  # so that neighbouring results lie side by side in memory
         return _launch_block_wgrad(grad, rows, offsets, out.transpose(1, 2), add)
-    # With few rows, much of the time goes into writing: two programs a multiprocessor do it in turns.
-    for_few, for_many = Tile(128, 128, 32, 4, 6), Tile(128, 256, 64, 8, 3)
-    tiles = [for_few] if rows.shape[0] < MANY_WGRAD_ROWS * experts or columns < 256 else [for_many]
-    if compiling() and columns >= 256:
-        tiles = [for_few, for_many]
-    for tile in tiles:
+    done = False
+    for tile in tiles_for(rows.device, "wgrad", cdiv(rows.shape[0], experts), inner, columns):
         a, b = described_rows(rows, (tile.inner, tile.rows)), described_rows(grad, (tile.inner, tile.columns))
         o = described(out, (1, tile.rows, tile.columns // 2))
         if a is None or b is None or o is None:
             return False
         tiles_i, tiles_o = cdiv(inner, tile.rows), cdiv(columns, tile.columns)
-        count, programs = experts * tiles_i * tiles_o, multiprocessors(rows.device) if tile == for_many else 0
+        count, programs = experts * tiles_i * tiles_o, tile.programs * multiprocessors(rows.device)
         with on_device(rows):
             done = launch_block(
                 STAGES, ("wgrad", rows.device, tile), tile.stages, block_wgrad_kernel, (programs or count,),
-                a, b, offsets, o, tiles_i, tiles_o, count, ADD=add, GROUP=GROUP, PROGRAMS=programs,
+                a, b, offsets, o, tiles_i, tiles_o, count, ADD=add, GROUP=tile.group, PROGRAMS=programs,
                 BI=tile.rows, BO=tile.columns, BR=tile.inner, num_warps=tile.warps,
             )  # fmt: skip
     return done
@@ -415,7 +357,7 @@ def _launch_wgrad(
     rows, grad = unit_columns(rows), unit_columns(grad)
     if order is None and _launch_block_wgrad(rows, grad, offsets, out, add):
         return
-    tile = tiles_for(rows, 128 * experts, experts, columns)[-1]  # every tile of the matrix is full, whatever the rows
+    tile = pointer_tiles(rows, MANY_ROWS * experts, experts, columns)[-1]  # every tile of the matrix is full, whatever the rows
     tiles_i, tiles_o = cdiv(inner, tile.rows), cdiv(columns, tile.columns)
     with on_device(rows):
         launch(

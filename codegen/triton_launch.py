@@ -232,7 +232,7 @@ def descriptor(base: Any, shape: list[int], strides: list[int], block: list[int]
 
 
 def _fits(tensor: torch.Tensor) -> bool:
-    if tensor.element_size() != 2 or tensor.data_ptr() & 15 or not tensor.numel() or not _has_copy_engine(tensor.device):
+    if tensor.element_size() != 2 or tensor.data_ptr() & 15 or not tensor.numel() or not has_copy_engine(tensor.device):
         return False
     *lead, last = tensor.stride()
     for stride in lead:
@@ -242,7 +242,8 @@ def _fits(tensor: torch.Tensor) -> bool:
 
 
 @cache
-def _has_copy_engine(device: torch.device) -> bool:
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether the chip moves blocks by itself (TMA)."""
     if device.type != "cuda":
         return interpreted()  # which knows descriptors
     return torch.cuda.get_device_capability(device) >= (9, 0)

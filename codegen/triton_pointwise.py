@@ -10,12 +10,12 @@ nothing but the dtype of the result.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from moefx.codegen import triton_grouped
+from moefx.codegen import triton_grouped, triton_tiles
 from moefx.codegen.triton_launch import (
     cdiv,
     check_dtypes,
@@ -33,6 +33,7 @@ from moefx.codegen.triton_launch import (
 from moefx.codegen.triton_permute import expert_sum, gather_rows
 from moefx.codegen.triton_program import NoKernel, Program
 from moefx.codegen.triton_source import Sources, alike, load, write
+from moefx.codegen.triton_tiles import Tile
 from torch import Tensor
 
 from moefx.errors import InputError
@@ -41,7 +42,6 @@ from moefx.segments import Segment, leaf_refs
 
 # Generated kernels handle about this many elements a program.
 ELEMENTS = 2048
-GATHERED_FROM = 2048  # columns of a segment that is in the epilogue of products of gathered rows
 
 
 @dataclass(frozen=True)
@@ -207,14 +207,16 @@ class Pointwise:
         # Not saved products are not written: any tensor of the right dtype stands for them.
         products = [rows.new_empty(total, n) if save else rows for n in widths]
         outputs = self._new_outputs([rows.dtype] * len(widths), leaves, rows, total)
-        block_rows, block_order = rows, order
-        if order is not None and self._gathers_first(rows, total, experts):
-            block_rows, block_order = gather_rows(rows, order, top_k, offsets), None
-        done = not total or self._launch_block(
-            block_rows, weights, products, leaves, outputs, offsets, block_order, top_k, save
-        )
-        del block_rows
-        for tile in triton_grouped.tiles_for(rows, total, experts, sources.width, sources.products, done):
+        done = not total
+        for tile in triton_tiles.tiles_for(rows.device, "act", cdiv(total, experts), inner, sources.width) if total else ():
+            block_rows, block_order = rows, order
+            if order is not None and tile.gathers and triton_grouped.many_rows(total, experts) and described(rows, (128, 64)):
+                block_rows, block_order = gather_rows(rows, order, top_k, offsets), None
+            done = self._launch_block(
+                block_rows, weights, products, leaves, outputs, offsets, block_order, top_k, save, tile
+            )
+            del block_rows
+        for tile in triton_grouped.pointer_tiles(rows, total, experts, sources.width, sources.products, done):
             tiles_m, tiles_n = row_tiles(total, experts, tile.rows), cdiv(sources.width, tile.columns)
             args: list[Any] = []
             for weight, product in zip(weights, products):
@@ -230,14 +232,6 @@ class Pointwise:
                 )  # fmt: skip
         return tuple(products) if save else None, tuple(outputs)
 
-    def _gathers_first(self, rows: Tensor, total: int, experts: int) -> bool:
-        """Whether `linear` gathers its rows before its product and not on the way.
-
-        That moves 4 I bytes a row; by the copy engine the product's 4 I O operations a row then take some 8 % less time.
-        """
-        wide = self._sources.width >= GATHERED_FROM and triton_grouped.many_rows(total, experts)
-        return wide and described(rows, (128, 64)) is not None
-
     def _launch_block(
         self,
         rows: Tensor,
@@ -249,12 +243,13 @@ class Pointwise:
         order: Tensor | None,
         top_k: int,
         save: bool,
+        tile: Tile,
     ) -> bool:
-        """`linear` by the kernel `..._block`; False where it does not apply."""
+        """`linear` by the kernel `..._block`; False where it does not apply. tile: of two products, as of gate and up."""
         experts, inner, width = offsets.numel() - 1, rows.shape[1], self._sources.width
-        per_expert = cdiv(outputs[0].shape[0], experts)
-        wide = self._sources.products == 1 and width >= 256
-        tile = triton_grouped.Tile(128, 256 if wide else 128, 64, 8, 4 if self._sources.products == 2 else 3)
+        if self._sources.products != 2:
+            wide = self._sources.products == 1 and width >= 256
+            tile = replace(tile, columns=2 * tile.columns if wide else tile.columns, stages=3)
         inner_last = weights[0].stride(1) == 1
         apply = width >= 128 and triton_grouped.many_rows(outputs[0].shape[0], experts)
         if not apply or any((w.stride(1) == 1) != inner_last for w in weights):
@@ -276,16 +271,15 @@ class Pointwise:
         results = [described_rows(out, (tile.rows, tile.columns)) for out in outputs]
         if left is None or None in args or None in results:
             return False
-        programs, group = multiprocessors(rows.device), triton_grouped.group_for(weights[0])
+        programs = tile.programs * multiprocessors(rows.device)
         key = (rows.device, inner_last, order is not None, save, tile)
         with on_device(rows):
             return launch_block(
                 self._stages, key, tile.stages, self._kernels[f"{self.segment.name}_block"], (programs,),
                 left, offsets if order is None else order, *args, *self._leaf_args(leaves), *results, offsets,
                 inner, rows.stride(0), experts, cdiv(width, tile.columns), top_k, SAVE=save,
-                GATHER=order is not None, INNER_LAST=inner_last, GROUP=max(group, 8 if per_expert >= 1024 else 1),
-                PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
-                num_warps=tile.warps,
+                GATHER=order is not None, INNER_LAST=inner_last, GROUP=tile.group, PROGRAMS=programs,
+                BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps,
             )  # fmt: skip
 
     def _checked(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -366,11 +366,17 @@ def _free_port() -> int:
 
 
 def _progress(probe: Probe, items: Iterable[Any]) -> list[Any]:
-    """All items, with a progress bar on a terminal where tqdm is installed; on rank 0 alone."""
+    """All items, while a bar counts the sizes of a probe."""
+    return list(progress(items, f"measuring {probe.kind}", "size", SIZES))
+
+
+def progress(items: Iterable[Any], what: str, unit: str, total: int | None = None) -> Iterable[Any]:
+    """The items, with a progress bar on a terminal where tqdm is installed; on rank 0 alone."""
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
-        return list(items)
+        return items
     try:
         from tqdm import tqdm
     except ImportError:
-        return list(items)
-    return list(tqdm(items, desc=f"measuring {probe.kind}", total=SIZES, unit="size", disable=None, leave=False))
+        return items
+    bar: Iterable[Any] = tqdm(items, desc=what, total=total, unit=unit, disable=None, leave=False)
+    return bar

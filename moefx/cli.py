@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import moefx
@@ -80,7 +81,8 @@ def _calibrate_arguments(commands: Any) -> None:
         "calibrate",
         help="measure products, copies, codecs and collectives on this machine",
         description="Fit seconds = alpha + beta * units for each kind of work: five runs a size, robust least squares on "
-        "half of the sizes, the error on the other half is printed. The profile is kept for `simulate`.",
+        "half of the sizes, the error on the other half is printed. The profile is kept for `simulate`. On a GPU also the tiles "
+        "of the kernels are compared, and the fastest kept for every later `optimize`.",
     )
     calibrate.add_argument(
         "--ranks", type=_positive, default=1, metavar="P", help="processes for collectives (default 1)"
@@ -171,6 +173,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     profile = calibrate.calibrate(arguments.device, arguments.ranks, arguments.scale)
     print(profile)
     print(f"saved to {profile.save(arguments.out)}")
+    if arguments.device != "cpu" and torch.cuda.is_available() and arguments.out is None:
+        from moefx.calibrate_tiles import calibrate_tiles
+
+        tiles = calibrate_tiles()
+        print(f"\n{tiles}\nsaved to {tiles.save()}")
     return 0
 
 

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @pytest.fixture(autouse=True)
 def _with_a_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefx.codegen.triton_launch._has_copy_engine", lambda device: True)
+    monkeypatch.setattr("moefx.codegen.triton_launch.has_copy_engine", lambda device: True)
 
 
 def test_a_descriptor_is_the_one_that_triton_makes() -> None:

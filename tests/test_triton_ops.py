@@ -7,10 +7,11 @@ from triton_here import DEVICE, DTYPES, needs_triton, relative  # first: it choo
 # isort: split
 
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
-from moefx.codegen import triton_grouped
+from moefx.codegen import triton_grouped, triton_tiles
 from moefx.codegen.triton_ops import OPS, supports
 from torch import Tensor
 
@@ -242,31 +243,32 @@ def test_products_by_the_copy_engine(
     case: tuple[int, int, int, str], widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16-bit operands of many features: blocks reach over the edges of experts and of features, and touch nothing there."""
-    monkeypatch.setattr(triton_grouped, "MANY_ROWS", 0)
+    monkeypatch.setattr(triton_grouped, "BLOCKS_FROM", 0)
     c, dtype, (d, f), experts = make(*case, dtype=torch.float16), torch.float16, widths, case[2]
     rows, h = torch.randn(c.rows.shape[0], d).to(dtype).to(DEVICE), torch.randn(c.rows.shape[0], f).to(dtype).to(DEVICE)
     rows[c.n :], h[c.n :] = NAN, NAN
     weight = (torch.randn(experts, f, d) / d**0.5).to(dtype).to(DEVICE).transpose(1, 2)
-    for w in (weight, weight.contiguous()):
+    for w, tile in product((weight, weight.contiguous()), triton_tiles.candidates("linear", 16, d, f)):
         out = torch.full((rows.shape[0], f), NAN, dtype=dtype, device=DEVICE)
-        assert triton_grouped._launch_block_linear(rows, w, c.offsets, out)
+        with triton_tiles.only("linear", tile):
+            assert triton_grouped._launch_block_linear(rows, w, c.offsets, out)
         assert relative(c.held(out), ops.grouped_linear(c.held(rows), w, c.offsets)) <= 1e-3
         assert out[c.n :].isnan().all()
     want = torch.empty(experts, d, f, dtype=dtype, device=DEVICE)
     ops.grouped_wgrad(c.held(rows), c.held(h), c.offsets, want)
-    for many in (0, 1 << 20):  # by one program a multiprocessor, by a program a tile
-        monkeypatch.setattr(triton_grouped, "MANY_WGRAD_ROWS", many)
+    for tile in triton_tiles.candidates("wgrad", 16, d, f):
         for out in (torch.full_like(want, NAN), torch.full_like(want.transpose(1, 2).contiguous(), NAN).transpose(1, 2)):
             for times, add in ((1, False), (2, True)):
-                assert triton_grouped._launch_block_wgrad(rows, h, c.offsets, out, add)
+                with triton_tiles.only("wgrad", tile):
+                    assert triton_grouped._launch_block_wgrad(rows, h, c.offsets, out, add)
                 assert relative(out, times * want) <= 1e-3
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 16), (64, 32, 64)], ids=str)
 def test_any_tile_gives_the_same(tile: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns, inner = tile
-    chosen = triton_grouped.Tile(rows, columns, inner, 4, 1)
-    monkeypatch.setattr(triton_grouped, "tiles_for", lambda *_, **__: [chosen])
+    chosen = triton_tiles.Tile(rows, columns, inner, 4, 1)
+    monkeypatch.setattr(triton_grouped, "pointer_tiles", lambda *_, **__: [chosen])
     c = make(100, 2, 5, "any")
     got = OPS["grouped_linear"](c.rows, c.weight, c.offsets)
     assert relative(c.held(got), ops.grouped_linear(c.held(c.rows), c.weight, c.offsets)) <= 2e-6
@@ -338,7 +340,9 @@ def test_wrong_shapes_are_refused() -> None:
 def test_tiles_fit_the_chip(dtype: torch.dtype, precision: str, products: int, shared_bytes: int) -> None:
     for rows_per_expert in (0, 1, 17, 64, 65, 4096):
         for columns in (1, 256, 28672):
-            tile = triton_grouped.choose_tile(dtype, precision, rows_per_expert, columns, shared_bytes, products)
+            tile = triton_tiles.pointer_tile(
+                torch.device("cpu"), dtype, precision, rows_per_expert, 64, columns, shared_bytes, products
+            )
             assert tile.shared_bytes(dtype.itemsize, products) <= shared_bytes
             assert min(tile.rows, tile.columns, tile.inner) >= 16
             assert all(n & (n - 1) == 0 for n in (tile.rows, tile.columns, tile.inner))

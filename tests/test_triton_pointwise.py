@@ -7,11 +7,12 @@ from triton_here import DEVICE, DTYPES, needs_triton, relative  # first: it choo
 # isort: split
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import regions
 import torch
-from moefx.codegen import triton_grouped, triton_pointwise
+from moefx.codegen import triton_grouped, triton_pointwise, triton_tiles
 from moefx.codegen.triton_ops import OPS
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_rules import RULES
@@ -460,7 +461,7 @@ def wide(style: str, w: int, d: int) -> tuple[list[Instr], list[Leaf]]:
 @pytest.mark.parametrize("inner_last", [True, False])
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
 def test_epilogues_by_the_copy_engine(style: str, inner_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_grouped, "MANY_ROWS", 0)
+    monkeypatch.setattr(triton_grouped, "BLOCKS_FROM", 0)
     w, d, tokens, top_k, dtype = 264 if style == "one" else 136, 64, 90, 2, torch.float16
     instrs, leaves = wide(style, w, d)
     pointwise = compiled(instrs, leaves)
@@ -478,11 +479,12 @@ def test_epilogues_by_the_copy_engine(style: str, inner_last: bool, monkeypatch:
     pre = [ops.grouped_linear(rows[:n].float(), weight.float(), offsets) for weight in weights]
     spread = [ops.expert_rows(v.float(), offsets, n) for v in vectors]
     want = evaluate(pointwise.template, pointwise.segment, pre, spread)
+    tiles = triton_tiles.candidates("act", 16, d, w)
     for source, by, k in ((rows, None, 1), (x, order, top_k)):
-        for save in (True, False):
+        for save, tile in ((True, tiles[0]), (False, tiles[-1])):
             products = [torch.full((order.numel(), width), NAN, dtype=dtype, device=DEVICE) for width in widths]
             outputs = [torch.full((order.numel(), w), NAN, dtype=dtype, device=DEVICE)]
-            assert pointwise._launch_block(source, weights, products, vectors, outputs, offsets, by, k, save)
+            assert pointwise._launch_block(source, weights, products, vectors, outputs, offsets, by, k, save, tile)
             for got, expected in zip((*products, *outputs), (*pre, *want)):
                 if save or got is outputs[0]:
                     assert relative(got[:n], expected) <= TOLERANCE[dtype]
@@ -491,9 +493,9 @@ def test_epilogues_by_the_copy_engine(style: str, inner_last: bool, monkeypatch:
     gathered = []
     gather = triton_pointwise.gather_rows
     monkeypatch.setattr(triton_pointwise, "gather_rows", lambda *given: (gathered.append(given), gather(*given))[1])
-    for first in (0, 1 << 20):  # whether rows are gathered before the product depends on its width, the result does not
-        monkeypatch.setattr(triton_pointwise, "GATHERED_FROM", first)
-        products, outputs = pointwise.linear(x, weights, vectors, offsets, order, top_k)
+    for first in (True, False):  # whether rows are gathered before the product is the tile's choice, the result is the same
+        with triton_tiles.only("act", replace(tiles[0], gathers=first)):
+            products, outputs = pointwise.linear(x, weights, vectors, offsets, order, top_k)
         assert all(relative(got[:n], expected) <= TOLERANCE[dtype] for got, expected in zip((*products, *outputs), (*pre, *want)))
         assert len(gathered) == 1
 
