@@ -288,6 +288,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
+    torch._dynamo.config.recompile_limit = 64  # every number of tokens has graphs of its own
     start, top = time.perf_counter(), ceiling()
     head = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matmul ceiling {top.tflops:.0f} TFLOP/s, "

@@ -32,7 +32,7 @@ from moefx.codegen.triton_launch import (
 )
 from moefx.codegen.triton_permute import expert_sum, gather_rows
 from moefx.codegen.triton_program import NoKernel, Program
-from moefx.codegen.triton_source import Sources, alike, load, write
+from moefx.codegen.triton_source import Sources, load, write
 from moefx.codegen.triton_tiles import Tile
 from torch import Tensor
 
@@ -132,9 +132,9 @@ class Pointwise:
         inputs, sources = self._checked(inputs, leaves), self._sources
         check_dtypes(f"{self.segment.name}.vjp", {f"grad{n}": g for n, g in enumerate(grads)})
         rows = inputs[0].shape[0]
-        outputs = self._new_outputs([t.dtype for t in inputs], leaves, inputs[0], rows)
-        if in_place:  # a program reads its elements of all of them before it writes them, and no other program does
-            outputs = [g if alike(g, y) else y for g, y in zip(grads, outputs)]
+        # In place, a program reads its elements of all of them before it writes them, and no other program does.
+        dtypes = [t.dtype for t in inputs]
+        outputs = self._new_outputs(dtypes, leaves, inputs[0], rows, instead=grads if in_place else ())
         made = {
             s: t if in_place and t.is_contiguous() and self._writes_all(s) else self._new_gradient(s, t.shape, t)
             for s, t in zip(sources.inputs, inputs)
@@ -348,12 +348,19 @@ class Pointwise:
         return gradient.reshape(leaf.shape)
 
     def _new_outputs(
-        self, dtypes: list[torch.dtype], leaves: Sequence[Tensor], like: Tensor, rows: int
+        self, dtypes: list[torch.dtype], leaves: Sequence[Tensor], like: Tensor, rows: int, instead: Sequence[Tensor] = ()
     ) -> list[Tensor]:
+        """Room for the outputs; an output takes the memory of its member of `instead` where that is alike."""
         key = (*dtypes, *(leaf.dtype for leaf in leaves))
         if key not in self._dtypes:
             self._dtypes[key] = self._output_dtypes(key)
-        return [like.new_empty(rows, self._sources.width, dtype=dtype) for dtype in self._dtypes[key]]
+        shape = (rows, self._sources.width)
+        outputs = []
+        for i, dtype in enumerate(self._dtypes[key]):
+            old = instead[i] if i < len(instead) else None
+            fits = old is not None and old.shape == shape and old.dtype == dtype and old.is_contiguous()
+            outputs.append(old if fits and old is not None else like.new_empty(shape, dtype=dtype))
+        return outputs
 
     def _output_dtypes(self, dtypes: tuple[torch.dtype, ...]) -> list[torch.dtype]:
         """What torch gives for inputs and leaves of these dtypes: the segment run on one meta row."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from moefx.codegen.triton_program import Block, Line, Program, Read
 from moefx.codegen.triton_rules import FUNCTIONS
-from torch import Tensor
 
 # The epilogue of a grouped product holds at most this many accumulators (gate and up).
 MAX_PRODUCTS = 2
@@ -435,11 +434,6 @@ def _block_linear(
         saves=indent("\n".join(saves), " " * 12),
         body=indent("\n".join(body), " " * 8),
     )
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether a can take the place of b as a result."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous()
 
 
 @cache

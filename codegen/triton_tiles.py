@@ -36,7 +36,9 @@ KINDS = {
     "pointer": "rows times weights by pointers: few rows, and chips without a copy engine",
 }
 FEW_ROWS, MANY_ROWS = 16, 128  # rows of a pointer kernel's tile: few sizes, so that few kernels serve all numbers of rows
-WIDE = 8192  # columns from which all of them no longer pass the L2 cache together
+LARGE = 1 << 22  # elements of an expert's matrix that no longer fit the L2 cache beside the rows: row tiles go in groups
+BLOCK_ROWS = 1024  # rows of an expert from which a gate and an up share larger groups
+NARROW_BELOW = 512  # rows of an expert: fewer make weights' gradients in small steps, where much of the time goes into writing
 GATHERED_FROM = 2048  # columns of a segment that is in the epilogue of products of gathered rows
 NEAR = 2.0  # powers of two by which rows, inner and columns together may differ from what was measured
 MOST_ROWS = 24  # as a power of two
@@ -66,19 +68,19 @@ class Tile:
 
 _LINEAR = Tile(128, 256, 64, 8, 4, group=1, programs=1)
 _ACT = Tile(128, 128, 64, 8, 4, group=4, programs=1)
-_WGRAD = Tile(128, 256, 64, 8, 3, group=32, programs=1)
-_NARROW_WGRAD = Tile(128, 128, 32, 4, 6, group=16)
+_WGRAD = Tile(128, 256, 64, 8, 3, group=8, programs=1)
+_NARROW_WGRAD = Tile(128, 128, 32, 4, 6, group=16)  # two of a multiprocessor: one writes while the other multiplies
 
 
 def rule(kind: str, rows: int, inner: int, columns: int) -> Tile:
     """The default of 16-bit operands. rows: of an expert, at the mean; inner: summands; columns: of the result (of "act": the
     activation's). The operands of "wgrad" have `rows` rows each, its result is inner x columns."""
     if kind == "linear":
-        return replace(_LINEAR, columns=256 if columns >= 256 else 128, group=1 if columns < WIDE else 32)
+        return replace(_LINEAR, columns=256 if columns >= 256 else 128, group=1 if inner * columns <= LARGE else 4)
     if kind == "act":
-        return replace(_ACT, gathers=columns >= GATHERED_FROM)
+        return replace(_ACT, group=8 if rows >= BLOCK_ROWS else 4, gathers=columns >= GATHERED_FROM)
     if kind == "wgrad":
-        return _WGRAD if columns >= 256 else _NARROW_WGRAD
+        return _WGRAD if columns >= 256 and rows >= NARROW_BELOW else _NARROW_WGRAD
     if rows <= FEW_ROWS:
         return Tile(FEW_ROWS, 128, 64, 4, 4)
     return Tile(MANY_ROWS, 256 if columns >= 256 else 128, 64, 8, 4)
@@ -91,7 +93,7 @@ def candidates(kind: str, rows: int, inner: int, columns: int) -> list[Tile]:
         others = [replace(first, group=group) for group in (1, 4, 16, 32)]
         others.append(Tile(128, 128, 64, 8, 3, group=1, programs=2))
     elif kind == "act":
-        others = [replace(first, group=group, gathers=gathers) for gathers in (False, True) for group in (1, 4, 16)]
+        others = [replace(first, group=group, gathers=gathers) for gathers in (False, True) for group in (1, 4, 8)]
     elif kind == "wgrad":
         others = [_NARROW_WGRAD]
         others += [replace(_WGRAD, group=group) for group in (8, 32, 64)] if columns >= 256 else []

@@ -8,6 +8,7 @@ from triton_here import DEVICE, DTYPES, needs_triton, relative  # first: it choo
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import regions
@@ -18,6 +19,7 @@ from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_point
 from moefx.codegen.triton_rules import RULES
 from regions import columns, linear, op
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefx import ops
 from moefx.errors import InputError
@@ -500,6 +502,20 @@ def test_epilogues_by_the_copy_engine(style: str, inner_last: bool, monkeypatch:
         assert len(gathered) == 1
 
 
+class Rooms(TorchDispatchMode):
+    """Notes the shape of all memory that is taken without being filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format):
+            self.made.append(result.shape)
+        return result
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("style", ["halves", "one"])
 def test_gradients_of_a_weighted_output(style: str, dtype: torch.dtype) -> None:
@@ -524,7 +540,11 @@ def test_gradients_of_a_weighted_output(style: str, dtype: torch.dtype) -> None:
     wanted = torch.autograd.grad(product, own, g[:n].float())
     assert gw.shape == w.shape and gw.dtype == w.dtype
     assert not gw[position < 0].any()
-    taken = pointwise.weighted_vjp([pre.clone()], vectors, offsets, [g.clone()], order, w, in_place=True)
+    taken = pointwise.weighted_vjp([pre.clone()], vectors, offsets, [given := g.clone()], order, w, in_place=True)
+    assert taken[0][0].data_ptr() == given.data_ptr()
+    with Rooms() as rooms:
+        pointwise.weighted_vjp([pre.clone()], vectors, offsets, [g.clone()], order, w, in_place=True)
+    assert all(shape != g.shape for shape in rooms.made), "what takes the memory of another value needs none of its own"
     for got, want in zip((taken[0][0][:n], taken[1][0][:n], *taken[2], taken[3]), (again[0][:n], inner[0][:n], *of_leaves, gw)):
         assert torch.equal(got, want)
     for got, want in zip((again[0][:n], inner[0][:n], *of_leaves, gw), (product, *wanted)):
