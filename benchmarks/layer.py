@@ -1,7 +1,7 @@
 """One MoE layer on one GPU: moefx against its peers, interleaved in one run.   python benchmarks/layer.py
 
 Per shape and number of tokens: the routed layer (router, dispatch, experts, combine) forward and forward + backward, in
-bf16 on random inputs: milliseconds (the median of rounds in which every peer has its turn), useful TFLOP/s (6 T K D F
+bf16 on random inputs: milliseconds (the median of rounds in which every peer has its turn, in one order and the other), useful TFLOP/s (6 T K D F
 forward, 18 T K D F with backward), the share of the matmul ceiling measured in the same run; for few tokens GB/s of the
 weights of the experts that are hit; memory at the peak of a step beside weights, inputs and parameter gradients. A turn is
 several calls one after another, so that the host launches while the GPU computes, as in a model; where the host is slower,
@@ -155,7 +155,7 @@ class Result:
 
 
 def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int, seconds: float) -> dict[str, Result]:
-    """Every peer in turn, `rounds` times; a peer slower than `seconds` a step is left out after its first."""
+    """Every peer in turn, `rounds` times, every other time in the opposite order; a peer slower than `seconds` a step is left out after its first."""
     x = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     gy = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16)
     steps: dict[str, list[float]] = {peer: [] for peer in layers}
@@ -177,7 +177,7 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
 
     active = dict(layers)
     for turn in range(2 + rounds):
-        for peer, layer in list(active.items()):
+        for peer, layer in list(active.items())[:: -1 if turn % 2 else 1]:  # what runs behind others finds a warmer GPU
             clear(layer)
             if turn == 1:
                 torch.cuda.synchronize()
