@@ -1,13 +1,13 @@
 """One MoE layer on one GPU: moefx against its peers, interleaved in one run.   python benchmarks/layer.py
 
 Per shape and number of tokens: the routed layer (router, dispatch, experts, combine) forward and forward + backward, in
-bf16 on random inputs: milliseconds (the median of rounds in which every peer has its turn, in one order and the other), useful TFLOP/s (6 T K D F
-forward, 18 T K D F with backward), the share of the matmul ceiling measured in the same run; for few tokens GB/s of the
-weights of the experts that are hit; memory at the peak of a step beside weights, inputs and parameter gradients. A turn is
-several calls one after another, so that the host launches while the GPU computes, as in a model; where the host is slower,
-its time counts. For few tokens a third time is that of the forward as a CUDA graph, where a peer can be captured, and the
-speed is that of the graph. The last column of moefx's rows of many tokens: its step with skewed routing (Zipf's popularity
-of experts), as a multiple of the step with even routing.
+bf16 on random inputs: milliseconds (the median of rounds in which every peer has its turn, in one order and the other),
+useful TFLOP/s (6 T K D F forward, 18 T K D F with backward), the share of the matmul ceiling measured in the same run; for
+few tokens GB/s of the weights of the experts that are hit; memory at the peak of a step beside weights, inputs and
+parameter gradients. A turn is several calls one after another, so that the host launches while the GPU computes, as in a
+model; where the host is slower, its time counts. For few tokens a third time is that of the forward as a CUDA graph, where
+a peer can be captured, and the speed is that of the graph. The last column of moefx's rows of many tokens: its step with
+skewed routing (Zipf's popularity of experts), as a multiple of the step with even routing.
 
 Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile; moefx has both rows
 too, the layer called eagerly and under torch.compile.
@@ -155,7 +155,8 @@ class Result:
 
 
 def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int, seconds: float) -> dict[str, Result]:
-    """Every peer in turn, `rounds` times, every other time in the opposite order; a peer slower than `seconds` a step is left out after its first."""
+    """Every peer in turn, `rounds` times, every other time in the opposite order; a peer slower than `seconds` a step is left
+    out after its first turn."""
     x = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     gy = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16)
     steps: dict[str, list[float]] = {peer: [] for peer in layers}
