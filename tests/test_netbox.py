@@ -172,11 +172,13 @@ print(inside.pid, flush=True)
 
 
 def program(then: str) -> subprocess.Popen[str]:
-    """A process with an open box and a program in it, whose number it has printed."""
+    """A process with an open box and a program in it, whose number it has printed. It hears of SIGINT, which whatever runs the
+    tests in the background has been told to ignore."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(paths=paths, then=then)], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", PROGRAM.format(paths=paths, then=then)], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def gone(process: int) -> bool:
