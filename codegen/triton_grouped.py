@@ -38,7 +38,6 @@ from torch import Tensor
 
 from moefx.errors import InputError
 
-GROUP = 8  # of kernels by pointers: row tiles whose programs walk over the same columns, which stay in the L2 cache
 # Stages of block kernels, as the chip turned out to have room for; see `launch_block`.
 STAGES: dict[Hashable, int] = {}
 BLOCKS_FROM = FEW_ROWS + 1  # rows an expert, at the mean: from here on the copy engine's blocks pay, and a matrix is read once
@@ -210,7 +209,7 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
                 grouped_linear_kernel, (tiles_m * tiles_n,),
                 rows, offsets if order is None else order, weight, offsets, out, inner, columns, rows.stride(0),
                 *weight.stride(), experts, tiles_m, tiles_n, top_k, GATHER=order is not None,
-                EVEN_I=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=GROUP, BLOCK_E=power_of_2(experts),
+                EVEN_I=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=tile.group, BLOCK_E=power_of_2(experts),
                 BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out
@@ -364,7 +363,7 @@ def _launch_wgrad(
             grouped_wgrad_kernel, (experts * tiles_i * tiles_o,),
             rows, offsets if order is None else order, grad, offsets, out, inner, columns, rows.stride(0),
             grad.stride(0), *out.stride(), tiles_i, tiles_o, top_k, ADD=add, GATHER=order is not None,
-            PRECISION=float32_precision(), GROUP=GROUP, BI=tile.rows, BO=tile.columns, BR=tile.inner,
+            PRECISION=float32_precision(), GROUP=tile.group, BI=tile.rows, BO=tile.columns, BR=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

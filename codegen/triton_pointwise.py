@@ -226,7 +226,7 @@ class Pointwise:
                     self._kernels[f"{name}_linear"], (tiles_m * tiles_n,),
                     rows, offsets if order is None else order, *args, *self._leaf_args(leaves), *outputs, offsets,
                     inner, rows.stride(0), experts, tiles_m, tiles_n, top_k, SAVE=save, GATHER=order is not None,
-                    EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=triton_grouped.GROUP,
+                    EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=tile.group,
                     BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
                     num_warps=tile.warps, num_stages=tile.stages,
                 )  # fmt: skip
@@ -358,8 +358,9 @@ class Pointwise:
         outputs = []
         for i, dtype in enumerate(self._dtypes[key]):
             old = instead[i] if i < len(instead) else None
-            fits = old is not None and old.shape == shape and old.dtype == dtype and old.is_contiguous()
-            outputs.append(old if fits and old is not None else like.new_empty(shape, dtype=dtype))
+            if old is None or old.shape != shape or old.dtype != dtype or not old.is_contiguous():
+                old = like.new_empty(shape, dtype=dtype)
+            outputs.append(old)
         return outputs
 
     def _output_dtypes(self, dtypes: tuple[torch.dtype, ...]) -> list[torch.dtype]:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from moefx.codegen.triton_launch import compiling
 
 from moefx.errors import InputError
-from moefx.profile import cache_folder, device_name
+from moefx.profile import cache_folder, device_name, file_name
 
 VERSION = 1
 # The kinds of products, and the kernels that make them.
@@ -174,7 +174,6 @@ class Measured:
     device: str
     choices: tuple[Choice, ...]
     source: str = ""
-    notes: tuple[str, ...] = field(default=())
 
     def nearest(self, kind: str, rows: int, inner: int, columns: int) -> Tile | None:
         """That of the product of this kind whose sizes are nearest, None where none is `NEAR`."""
@@ -204,14 +203,14 @@ class Measured:
             if (version := data["version"]) != VERSION:
                 raise KeyError(f"version {VERSION} is needed; got {version!r}")
             choices = [Choice(**{**c, "tile": Tile(**c["tile"])}) for c in data["choices"]]
-            device, source, notes = data["device"], data["source"], tuple(data["notes"])
+            device, source = data["device"], data["source"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{where} holds no tiles ({type(error).__name__}: {error}){hint}") from None
         for c in choices:
             sizes = (c.rows, c.inner, c.columns, c.tile.rows, c.tile.columns, c.tile.inner, c.tile.warps, c.tile.stages)
             if c.kind not in KINDS or any(type(n) is not int or n < 1 for n in sizes):
                 raise InputError(f"{where}: {c} is no choice of a tile{hint}")
-        return Measured(device, tuple(choices), source, notes)
+        return Measured(device, tuple(choices), source)
 
     def __str__(self) -> str:
         rows = [("product", "rows", "inner", "columns", "tile", "against the rule")]
@@ -227,8 +226,7 @@ class Measured:
 
 def file_of(device: str) -> Path:
     """In the cache folder, one file for a GPU."""
-    name = "".join(ch if ch.isalnum() else "-" for ch in device).strip("-").lower()
-    return cache_folder() / f"tiles-{name}.json"
+    return cache_folder() / f"tiles-{file_name(device)}.json"
 
 
 @cache

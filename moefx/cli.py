@@ -89,7 +89,8 @@ def _calibrate_arguments(commands: Any) -> None:
     )
     calibrate.add_argument("--device", choices=("cpu", "cuda"), help="default: CUDA where there is one")
     calibrate.add_argument("--scale", type=_positive_float, default=1.0, metavar="X", help="sizes times X (default 1)")
-    calibrate.add_argument("--out", type=Path, metavar="FILE", help="default: the user's cache folder")
+    where = "write the costs there and compare no tiles (default: the user's cache folder)"
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help=where)
     calibrate.set_defaults(command=_calibrate)
 
 
@@ -183,6 +184,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 def _simulate(arguments: argparse.Namespace) -> int:
     from moefx import whatif
+    from moefx.calibrate import progress
 
     layers = _layers(arguments)
     profile = _profile(arguments)
@@ -200,7 +202,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         tokens, gradients = arguments.batch * arguments.length, 1e6 * (arguments.gradient_mb or 0.0)
         return whatif.Scenario(layers[0], cluster, tokens, arguments.capacity_factor, gradients)
 
-    outcomes = [whatif.evaluate(scenario(count), arguments.policy) for count in _progress(ranks, "clusters")]
+    outcomes = [whatif.evaluate(scenario(count), arguments.policy) for count in progress(ranks, "clusters", "cluster")]
     main_outcome = outcomes[ranks.index(arguments.ranks)]
     layer = layers[0]
     name = arguments.model or "layer"
@@ -280,15 +282,6 @@ def _profile(arguments: argparse.Namespace) -> Any:
     if missing := [f"--{name.replace('_', '-')}" for name in sheet if name not in given]:
         raise InputError(f"a data sheet needs all of its numbers; missing: {', '.join(missing)}")
     return profile.from_links("a cluster given by its data sheet", ranks=1, **given)
-
-
-def _progress(items: Sequence[int], what: str) -> Any:
-    """A progress bar on a terminal, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, desc=what, disable=None, leave=False)
 
 
 def load_target(target: str, tokens: int) -> tuple[nn.Module, Any]:

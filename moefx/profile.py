@@ -208,8 +208,12 @@ def _processor() -> str:
 
 def cache_path(device: str, ranks: int = 1) -> Path:
     """In `cache_folder`, one file for a device and a number of ranks."""
-    name = "".join(ch if ch.isalnum() else "-" for ch in device).strip("-").lower()
-    return cache_folder() / f"profile-{name}-{ranks}.json"
+    return cache_folder() / f"profile-{file_name(device)}-{ranks}.json"
+
+
+def file_name(device: str) -> str:
+    """The name of a device as a part of a file's."""
+    return "".join(ch if ch.isalnum() else "-" for ch in device).strip("-").lower()
 
 
 def cache_folder() -> Path:
