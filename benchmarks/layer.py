@@ -204,20 +204,22 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
 
 
 def graph_ms(layer: nn.Module, x: Tensor) -> float | None:
-    """The forward replayed as a CUDA graph; None for a peer that cannot be captured (its host waits for the GPU)."""
-    side = torch.cuda.Stream()
+    """The forward as a CUDA graph, replayed; None for a peer that cannot be captured (its host waits for the GPU). The graph
+    has several calls with tokens of their own, so that not the same experts' weights lie in the cache."""
+    side, inputs = torch.cuda.Stream(), [torch.randn_like(x).requires_grad_() for _ in range(CALLS)]
     with torch.no_grad():
-        for _ in range(2):
-            layer(x)
+        for each in inputs:
+            layer(each)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=side):
-                layer(x)
+                for each in inputs:
+                    layer(each)
         except Exception:  # noqa: BLE001 - torch says so in several ways
             torch.cuda.synchronize()
             return None
-        return median(graph.replay, 15)
+        return median(graph.replay, 15) / CALLS
 
 
 def skew(layer: nn.Module, shape: Shape, tokens: int) -> str:

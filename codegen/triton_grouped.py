@@ -1,7 +1,7 @@
 """Grouped products: the rows of each expert times the expert's own matrix, and the gradient of that matrix.
 
-All sizes that depend on the routing stay on the device: the grid covers the worst case (`row_tiles`), and each program
-finds its expert from the offsets (`expert_tile`). Products accumulate in fp32. Tiles come from `triton_tiles`.
+All sizes that depend on the routing stay on the device: the grid covers the worst case (`tiles_with_rows`), and each program
+finds its expert from the offsets (`find_tile`). Products accumulate in fp32. Tiles come from `triton_tiles`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from moefx.codegen.triton_launch import (
     compiling,
     described,
     described_rows,
-    expert_tile,
     find_tile,
     first_tiles,
     float32_precision,
@@ -28,19 +27,19 @@ from moefx.codegen.triton_launch import (
     multiprocessors,
     on_device,
     power_of_2,
-    row_tiles,
     shared_bytes,
     store_rows,
+    tiles_with_rows,
     unit_columns,
 )
-from moefx.codegen.triton_tiles import FEW_ROWS, MANY_ROWS, Tile, pointer_tile, tiles_for
+from moefx.codegen.triton_tiles import MANY_ROWS, MOST_ROWS, Tile, pointer_tile, tiles_for
 from torch import Tensor
 
 from moefx.errors import InputError
 
 # Stages of block kernels, as the chip turned out to have room for; see `launch_block`.
 STAGES: dict[Hashable, int] = {}
-BLOCKS_FROM = FEW_ROWS + 1  # rows an expert, at the mean: from here on the copy engine's blocks pay, and a matrix is read once
+BLOCKS_FROM = 25  # rows an expert, at the mean: from here on the copy engine's blocks pay
 
 # ------------------------------------------------------------------------------------------------ tiles
 
@@ -56,7 +55,7 @@ def pointer_tiles(
         return [Tile(32, 32, 32, 4, 1)]
     sizes = [cdiv(total_rows, experts)]
     if compiling():
-        sizes = [n for n in (FEW_ROWS, MANY_ROWS) if n < BLOCKS_FROM or not done]
+        sizes = [1 << n for n in range(MOST_ROWS + 1) if not done or 1 << n < 2 * BLOCKS_FROM]  # as tiles are chosen
     of_chip, precision = shared_bytes(rows.device), float32_precision()
     made = [pointer_tile(rows.device, rows.dtype, precision, n, rows.shape[1], columns, of_chip, products) for n in sizes]
     return list(dict.fromkeys(made))
@@ -100,17 +99,18 @@ def left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER: tl.constexpr
     return rows + row[:, None] * stride_r
 
 
-@triton.jit(do_not_specialize=["tiles_m"])
+@triton.jit
 def grouped_linear_kernel(
     rows, order, weight, offsets, out, n_in, n_out, stride_r, stride_e, stride_i, stride_o,
-    experts, tiles_m, tiles_n, top_k,
+    experts, tiles_n, top_k,
     GATHER: tl.constexpr, EVEN_I: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [R, O] = rows [R, I] @ weight[expert of the row] [I, O]. Grid (tiles_m * tiles_n,), one tile of out each."""
-    tile, tile_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP)
-    expert, row0, end = expert_tile(offsets, tile, experts, BLOCK_E, BM)
-    if row0 < end:
+    """out [R, O] = rows [R, I] @ weight[expert of the row] [I, O]. Grid (tiles of rows * tiles_n,), one tile of out each."""
+    first, tiles = first_tiles(offsets, experts, BLOCK_E, BM)
+    if tl.program_id(0) < tiles * tiles_n:
+        tile, tile_n = swizzle(tl.program_id(0), tiles, tiles_n, GROUP)
+        expert, row0, end = find_tile(first, offsets, tile, BM)
         row = row0 + tl.arange(0, BM)
         column = tile_n * BN + tl.arange(0, BN)[None, :]
         inner = tl.arange(0, BK)
@@ -203,12 +203,12 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     out = rows.new_empty(total, columns)
     done = not out.numel() or (order is None and _launch_block_linear(rows, weight, offsets, out))
     for tile in pointer_tiles(rows, total, experts, columns, done=done):
-        tiles_m, tiles_n = row_tiles(total, experts, tile.rows), cdiv(columns, tile.columns)
+        tiles_m, tiles_n = tiles_with_rows(total, experts, tile.rows), cdiv(columns, tile.columns)
         with on_device(rows):
             launch(
                 grouped_linear_kernel, (tiles_m * tiles_n,),
                 rows, offsets if order is None else order, weight, offsets, out, inner, columns, rows.stride(0),
-                *weight.stride(), experts, tiles_m, tiles_n, top_k, GATHER=order is not None,
+                *weight.stride(), experts, tiles_n, top_k, GATHER=order is not None,
                 EVEN_I=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=tile.group, BLOCK_E=power_of_2(experts),
                 BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip

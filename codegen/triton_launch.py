@@ -93,6 +93,11 @@ def row_tiles(rows: int, experts: int, block: int) -> int:
     return rows // block + experts
 
 
+def tiles_with_rows(rows: int, experts: int, block: int) -> int:
+    """How many tiles `first_tiles` counts, at worst: with few rows there are no more than rows."""
+    return min(rows, row_tiles(rows, experts, block))
+
+
 def interpreted() -> bool:
     """True when the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
     return not isinstance(expert_tile, triton.runtime.JITFunction)

@@ -28,6 +28,7 @@ from moefx.codegen.triton_launch import (
     on_device,
     power_of_2,
     row_tiles,
+    tiles_with_rows,
     unit_columns,
 )
 from moefx.codegen.triton_permute import expert_sum, gather_rows
@@ -217,7 +218,8 @@ class Pointwise:
             )
             del block_rows
         for tile in triton_grouped.pointer_tiles(rows, total, experts, sources.width, sources.products, done):
-            tiles_m, tiles_n = row_tiles(total, experts, tile.rows), cdiv(sources.width, tile.columns)
+            tiles_m = tiles_with_rows(total, experts, tile.rows)
+            tiles_n = cdiv(sources.width, tile.columns)
             args: list[Any] = []
             for weight, product in zip(weights, products):
                 args += [weight, *weight.stride(), product]
@@ -225,7 +227,7 @@ class Pointwise:
                 launch(
                     self._kernels[f"{name}_linear"], (tiles_m * tiles_n,),
                     rows, offsets if order is None else order, *args, *self._leaf_args(leaves), *outputs, offsets,
-                    inner, rows.stride(0), experts, tiles_m, tiles_n, top_k, SAVE=save, GATHER=order is not None,
+                    inner, rows.stride(0), experts, tiles_n, top_k, SAVE=save, GATHER=order is not None,
                     EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=tile.group,
                     BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
                     num_warps=tile.warps, num_stages=tile.stages,

@@ -1,7 +1,8 @@
-"""Routing metadata on the device: a stable counting sort in two launches, without host synchronisation or atomics.
+"""Routing metadata on the device: a stable sort by expert without host synchronisation or atomics.
 
-The T*K slots are cut into blocks of BLOCK slots, and the blocks into at most GROUPS groups. `count_kernel` counts the
-experts of each group, `place_kernel` puts each slot at
+Few slots are each compared with all others, in one launch. Many are sorted by counting, in two: the T*K slots are cut into
+blocks of BLOCK slots, and the blocks into at most GROUPS groups; `count_kernel` counts the experts of each group,
+`place_kernel` puts each slot at
 
     row = (slots of smaller experts)
         + (slots of this expert before: in earlier groups, in earlier blocks of the group, in the block itself).
@@ -18,6 +19,7 @@ from moefx.codegen.triton_launch import cdiv, compiling, launch, on_device, powe
 
 BLOCK = 256
 GROUPS = 64
+FEW_SLOTS = 1024  # up to here all are compared with all
 
 
 @triton.jit
@@ -25,6 +27,28 @@ def _experts_of(ids, slot, slots, experts):
     """The expert of each slot as int32; `experts` for an id outside [0, experts) and for a slot past the end."""
     id = tl.load(ids + slot, mask=slot < slots, other=-1)
     return tl.where((id >= 0) & (id < experts), id, experts).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def place_few_kernel(ids, order, offsets, position, slots, experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Writes order [slots], position [slots], offsets [experts + 1]. Grid ((slots + experts + 1) / BLOCK,).
+
+    Slot s of expert e has the key e * slots + s, and expert e begins at the key e * slots. The place of each in the sorted
+    order is the number of smaller keys of slots.
+    """
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bound = mine - slots  # from 0 on: an expert's begin, or the end of the last one
+    expert = _experts_of(ids, mine, slots, experts)
+    key = tl.where(bound < 0, expert * slots + mine, bound * slots)
+    place = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, slots, STEP):
+        other = start + tl.arange(0, STEP)
+        other_key = _experts_of(ids, other, slots, experts) * slots + other
+        smaller = (other < slots)[None, :] & (other_key[None, :] < key[:, None])
+        place += tl.sum(smaller.to(tl.int32), axis=1)
+    tl.store(order + place, mine.to(tl.int64), mask=bound < 0)
+    tl.store(position + mine, tl.where(expert < experts, place, -1).to(tl.int64), mask=bound < 0)
+    tl.store(offsets + bound, place, mask=(bound >= 0) & (bound <= experts))
 
 
 @triton.jit(do_not_specialize=["slots", "group_blocks"])
@@ -83,6 +107,23 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
     """ids [T, K] -> order [T*K] int64, offsets [E+1] int32, position [T, K] int64; see `moefx.ops.route`."""
     ids = ids.contiguous()
     slots = ids.numel()
+    allocate = ids.new_zeros if compiling() else ids.new_empty  # what takes rows by these numbers runs in either case
+    order = allocate(slots, dtype=torch.int64)
+    offsets = allocate(experts + 1, dtype=torch.int32)
+    position = allocate(ids.shape, dtype=torch.int64)
+    with on_device(ids):
+        if slots <= FEW_SLOTS or compiling():
+            grid = (cdiv(slots + experts + 1, 32),)
+            launch(place_few_kernel, grid, ids, order, offsets, position, slots, experts, BLOCK=32, STEP=128)
+        if slots > FEW_SLOTS or compiling():
+            _count_and_place(ids, experts, order, offsets, position)
+    return order, offsets, position
+
+
+def _count_and_place(
+    ids: torch.Tensor, experts: int, order: torch.Tensor, offsets: torch.Tensor, position: torch.Tensor
+) -> None:
+    slots = ids.numel()
     blocks = max(1, cdiv(slots, BLOCK))
     group_blocks = cdiv(blocks, GROUPS)
     groups = cdiv(blocks, group_blocks)
@@ -90,18 +131,12 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
 
     before = ids.new_empty((groups * group_blocks, bins), dtype=torch.int32)
     counts = ids.new_empty((groups, bins), dtype=torch.int32)
-    allocate = ids.new_zeros if compiling() else ids.new_empty  # what takes rows by these numbers runs in either case
-    order = allocate(slots, dtype=torch.int64)
-    offsets = allocate(experts + 1, dtype=torch.int32)
-    position = allocate(ids.shape, dtype=torch.int64)
-    with on_device(ids):
-        launch(count_kernel, (groups,), ids, before, counts, slots, group_blocks, experts, BLOCK=BLOCK, BINS=bins)
-        launch(
-            place_kernel, (blocks,),
-            ids, before, counts, order, offsets, position, slots, group_blocks, groups, experts,
-            BLOCK=BLOCK, BINS=bins, STEP=32, GROUP_STEP=power_of_2(8192 // bins, least=8, most=GROUPS),
-        )  # fmt: skip
-    return order, offsets, position
+    launch(count_kernel, (groups,), ids, before, counts, slots, group_blocks, experts, BLOCK=BLOCK, BINS=bins)
+    launch(
+        place_kernel, (blocks,),
+        ids, before, counts, order, offsets, position, slots, group_blocks, groups, experts,
+        BLOCK=BLOCK, BINS=bins, STEP=32, GROUP_STEP=power_of_2(8192 // bins, least=8, most=GROUPS),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -69,21 +69,22 @@ _VJP_NOTE = """
     """
 
 _LINEAR = '''
-@triton.jit(do_not_specialize=["tiles_m"])
+@triton.jit
 def {kernel}_linear(
     rows, order,
 {params}
-    offsets, n_in, stride_r, experts, tiles_m, tiles_n, top_k,
+    offsets, n_in, stride_r, experts, tiles_n, top_k,
     SAVE: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
-    """{doc} Grid (tiles_m * tiles_n,): a tile of one expert's rows x columns each.
+    """{doc} Grid (tiles of rows * tiles_n,): a tile of one expert's rows x columns each.
 
     With SAVE the products are stored as well; with GATHER the rows are tokens order[r] // top_k.
     """
-    tile, tile_n = swizzle(tl.program_id(0), tiles_m, tiles_n, GROUP)
-    expert, row0, end = expert_tile(offsets, tile, experts, BLOCK_E, BM)
-    if row0 < end:
+    first, tiles = first_tiles(offsets, experts, BLOCK_E, BM)
+    if tl.program_id(0) < tiles * tiles_n:
+        tile, tile_n = swizzle(tl.program_id(0), tiles, tiles_n, GROUP)
+        expert, row0, end = find_tile(first, offsets, tile, BM)
         row = row0 + tl.arange(0, BM)
         column = tile_n * BN + tl.arange(0, BN)
         in_width = (column < {width})[None, :]

@@ -35,7 +35,7 @@ KINDS = {
     "wgrad": "gradients of weights by the copy engine",
     "pointer": "rows times weights by pointers: few rows, and chips without a copy engine",
 }
-FEW_ROWS, MANY_ROWS = 16, 128  # rows of a pointer kernel's tile: few sizes, so that few kernels serve all numbers of rows
+FEW_ROWS, SOME_ROWS, MANY_ROWS = 16, 32, 128  # of a pointer kernel's tile; see `pointer_rows`
 LARGE = 1 << 22  # elements of an expert's matrix that no longer fit the L2 cache beside the rows: row tiles go in groups
 BLOCK_ROWS = 1024  # rows of an expert from which a gate and an up share larger groups
 NARROW_BELOW = 512  # rows of an expert: fewer make weights' gradients in small steps, where much of the time goes into writing
@@ -81,9 +81,15 @@ def rule(kind: str, rows: int, inner: int, columns: int) -> Tile:
         return replace(_ACT, group=8 if rows >= BLOCK_ROWS else 4, gathers=columns >= GATHERED_FROM)
     if kind == "wgrad":
         return _WGRAD if columns >= 256 and rows >= NARROW_BELOW else _NARROW_WGRAD
-    if rows <= FEW_ROWS:
-        return Tile(FEW_ROWS, 128, 64, 4, 4)
+    if rows <= SOME_ROWS:
+        return Tile(pointer_rows(rows), 128, 128, 4, 4 if rows <= FEW_ROWS // 2 else 3)
     return Tile(MANY_ROWS, 256 if columns >= 256 else 128, 64, 8, 4)
+
+
+def pointer_rows(rows: int) -> int:
+    """Rows of a pointer kernel's tile, by the rows of an expert at the mean: enough that most experts have one tile, and so
+    their matrices are read once. Few sizes, so that few kernels serve all numbers of rows."""
+    return FEW_ROWS if rows <= FEW_ROWS // 2 else SOME_ROWS if rows <= SOME_ROWS else MANY_ROWS
 
 
 def candidates(kind: str, rows: int, inner: int, columns: int) -> list[Tile]:
@@ -97,8 +103,8 @@ def candidates(kind: str, rows: int, inner: int, columns: int) -> list[Tile]:
     elif kind == "wgrad":
         others = [_NARROW_WGRAD]
         others += [replace(_WGRAD, group=group) for group in (8, 32, 64)] if columns >= 256 else []
-    elif rows <= FEW_ROWS:
-        others = [Tile(16, 64, 128, 4, 4), Tile(16, 128, 128, 4, 3), Tile(16, 64, 64, 4, 6), Tile(16, 256, 64, 8, 3)]
+    elif rows <= SOME_ROWS:
+        others = [Tile(first.rows, *rest) for rest in ((64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 4, 3), (128, 64, 4, 4))]
     else:
         others = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 32, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 256, 32, 4, 4)]
     return list(dict.fromkeys([first, *others]))
@@ -130,9 +136,10 @@ def pointer_tile(
     if dtype.itemsize == 2:
         tile = _forced.get("pointer") or _choose(device, "pointer", _rounded(rows), inner, columns)
     elif precision == "tf32":
-        tile = Tile(FEW_ROWS, 128, 32, 4, 3) if rows <= FEW_ROWS else Tile(MANY_ROWS, 128, 32, 8, 3)
+        few = rows <= SOME_ROWS
+        tile = Tile(pointer_rows(rows), 128, 32, 4 if few else 8, 3)
     else:
-        tile = Tile(min(FEW_ROWS if rows <= FEW_ROWS else MANY_ROWS, 64), 64, 32, 4, 2)
+        tile = Tile(min(pointer_rows(rows), 64), 64, 32, 4, 2)
     if products > 1:
         tile = replace(tile, columns=tile.columns // 2)
     while tile.stages > 2 and tile.shared_bytes(dtype.itemsize, products) > shared:

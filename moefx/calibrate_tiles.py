@@ -24,7 +24,7 @@ from moefx.segments import Segment, steps
 EXPERTS = 16
 LAYERS = ((2048, 768), (2048, 2048), (4096, 4096), (4096, 14336))  # (D, F): few, so that some are near most layers
 ROWS = (64, 256, 1024, 4096)  # of an expert
-FEW = (1, 8)  # the same for kernels by pointers; with blocks for all others, where the chip has them
+FEW = (1, 8, 24)  # the same for kernels by pointers; with blocks for all others, where the chip has them
 TURNS = 5
 RUN_S = 3e-3  # of one candidate in a turn, at least
 CLEARLY = 1.04  # times as fast as the rule's tile: a product alone and the same one in a layer agree to about 3 %
@@ -56,7 +56,7 @@ def calibrate_tiles(
     for d, f, n in progress(sizes, "measuring tiles", "product"):
         for problem in problems(d, f, n, experts, pointers=n in few or not has_copy_engine(torch.device("cuda"))):
             compared = tiles.candidates(problem.kind, problem.rows, problem.inner, problem.columns)
-            key = (problem.kind, problem.rows > tiles.FEW_ROWS, d, f)  # kernels are specialised on these
+            key = (problem.kind, tiles.pointer_rows(problem.rows), d, f)  # kernels are specialised on these
             if key not in ready:
                 ready.add(key)
                 with only_compiling():

@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from moefx.codegen import triton_grouped, triton_tiles
+from moefx.codegen import triton_grouped, triton_route, triton_tiles
 from moefx.codegen.triton_ops import OPS, supports
 from torch import Tensor
 
@@ -86,7 +86,11 @@ def test_the_table_has_every_op_of_the_reference_that_is_not_elementwise() -> No
     "tokens, top_k, experts", [(0, 2, 3), (1, 1, 1), (17, 3, 5), (255, 3, 5), (700, 8, 128), (520, 1, 513)]
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_route(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("few", [-1, 1 << 20])
+def test_route(
+    tokens: int, top_k: int, experts: int, dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_route, "FEW_SLOTS", few)
     ids = torch.randint(-2, experts + 2, (tokens, top_k), dtype=dtype).to(DEVICE)
     for got, want in zip(OPS["route"](ids, experts), ops.route(ids, experts)):
         assert got.dtype == want.dtype
@@ -94,8 +98,6 @@ def test_route(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> Non
 
 
 def test_route_over_several_groups_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefx.codegen import triton_route
-
     monkeypatch.setattr(triton_route, "GROUPS", 2)
     ids = torch.randint(-1, 6, (1300, 1)).to(DEVICE)
     assert all(map(torch.equal, OPS["route"](ids, 5), ops.route(ids, 5)))

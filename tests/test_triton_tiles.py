@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from moefx.codegen import triton_grouped
 from moefx.codegen import triton_tiles as tiles
 from moefx.codegen.triton_tiles import Choice, Measured, Tile
 
@@ -71,6 +72,28 @@ def test_any_number_of_rows_finds_its_kernel_ready(
         (tile,) = tiles.tiles_for(GPU, "linear", rows, inner, columns)
         patch.setattr(tiles, "compiling", lambda: True)
         assert tile in tiles.tiles_for(GPU, "linear", 1, inner, columns)
+
+
+@given(
+    st.lists(st.tuples(sizes, sizes, sizes), max_size=6),
+    st.integers(1, 1 << 20),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.booleans(),
+)
+def test_any_number_of_rows_finds_its_pointer_kernel_ready(
+    products: list[tuple[int, int, int]], rows: int, dtype: torch.dtype, blocks: bool
+) -> None:
+    choices = [Choice("pointer", *of, replace(OWN, group=n), 1.1) for n, of in enumerate(products)]
+    given_rows, experts, columns = torch.empty(1, 2048, dtype=dtype), 8, 768
+    if blocks:  # which serve all others
+        rows = 1 + rows % (8 * (triton_grouped.BLOCKS_FROM - 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_grouped, "interpreted", lambda: False)
+        patch.setattr(triton_grouped, "shared_bytes", lambda device: 232448)
+        patch.setattr(tiles, "_choose", lambda device, *of: measured(*choices).nearest(*of) or tiles.rule(*of))
+        (tile,) = triton_grouped.pointer_tiles(given_rows, rows, experts, columns)
+        patch.setattr(triton_grouped, "compiling", lambda: True)
+        assert tile in triton_grouped.pointer_tiles(given_rows, 1, experts, columns, done=blocks)
 
 
 def test_what_is_saved_is_read_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
