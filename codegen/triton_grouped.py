@@ -134,13 +134,14 @@ def grouped_linear_kernel(
 
 @triton.jit
 def block_linear_kernel(
-    rows, weight, offsets, out, n_in, experts, tiles_n,
-    INNER_LAST: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_E: tl.constexpr,
+    rows, order, weight, offsets, out, n_in, stride_r, experts, tiles_n, top_k,
+    GATHER: tl.constexpr, INNER_LAST: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`grouped_linear_kernel` for 16-bit operands that the copy engine moves: descriptors of rows [R, I], of weight
     [E, O, I] if INNER_LAST, else [E, I, O], and of out [R, O] by experts. Grid (PROGRAMS,): each makes every PROGRAMS-th
-    tile, in one flattened loop, so that the operands of a tile are on their way while the one before is finished.
+    tile, in one flattened loop, so that the operands of a tile are on their way while the one before is finished. With GATHER
+    `rows` is a pointer.
 
     A tile's rows past the expert's end are other experts': read, never stored.
     """
@@ -148,9 +149,15 @@ def block_linear_kernel(
     for t in tl.range(tl.program_id(0), tiles * tiles_n, PROGRAMS, flatten=True):
         tile, tile_n = swizzle(t, tiles, tiles_n, GROUP)
         expert, row0, end = find_tile(first, offsets, tile, BM)
+        if GATHER:
+            row = row0 + tl.arange(0, BM)
+            a = left_rows(rows, order, row, row0, end, top_k, stride_r, True) + tl.arange(0, BK)[None, :]
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for i0 in range(0, n_in, BK):
-            left = rows.load([row0, i0])
+            if GATHER:
+                left = tl.load(a + i0)
+            else:
+                left = rows.load([row0, i0])
             if INNER_LAST:
                 right = weight.load([expert, tile_n * BN, i0]).reshape(BN, BK).T
             else:
@@ -161,26 +168,33 @@ def block_linear_kernel(
         store_rows(out, row0, end - row0, tile_n * BN + BN // 2, for_right, BM, BN // 2)
 
 
-def _launch_block_linear(rows: Tensor, weight: Tensor, offsets: Tensor, out: Tensor) -> bool:
+def _launch_block_linear(
+    rows: Tensor, order: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor, out: Tensor
+) -> bool:
     """The product by `block_linear_kernel`; False where it does not apply."""
     experts, inner, columns = weight.shape
-    if columns < 128 or not many_rows(rows.shape[0], experts):
+    if columns < 128 or not many_rows(out.shape[0], experts):
         return False
     inner_last = weight.stride(1) == 1
     done = False
-    for tile in tiles_for(rows.device, "linear", cdiv(rows.shape[0], experts), inner, columns):
+    for tile in tiles_for(rows.device, "linear", cdiv(out.shape[0], experts), inner, columns):
+        if order is not None and (inner % tile.inner or rows.element_size() != 2):
+            return False
         block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
-        a, o = described(rows, (tile.rows, tile.inner)), described_rows(out, (tile.rows, tile.columns // 2))
+        a = rows if order is not None else described(rows, (tile.rows, tile.inner))
         b = described(weight.transpose(1, 2) if inner_last else weight, block)
+        o = described_rows(out, (tile.rows, tile.columns // 2))
         if a is None or b is None or o is None:
             return False
-        programs, key = tile.programs * multiprocessors(rows.device), ("linear", rows.device, inner_last, tile)
+        programs = tile.programs * multiprocessors(rows.device)
+        key = ("linear", rows.device, inner_last, order is not None, tile)
         with on_device(rows):
             done = launch_block(
                 STAGES, key, tile.stages, block_linear_kernel, (programs,),
-                a, b, offsets, o, inner, experts, cdiv(columns, tile.columns), INNER_LAST=inner_last,
-                GROUP=tile.group, PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns,
-                BK=tile.inner, num_warps=tile.warps,
+                a, offsets if order is None else order, b, offsets, o, inner, rows.stride(0), experts,
+                cdiv(columns, tile.columns), top_k, GATHER=order is not None, INNER_LAST=inner_last, GROUP=tile.group,
+                PROGRAMS=programs, BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
+                num_warps=tile.warps,
             )  # fmt: skip
     return done
 
@@ -201,7 +215,7 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
     rows = unit_columns(rows)
     total = rows.shape[0] if order is None else order.numel()
     out = rows.new_empty(total, columns)
-    done = not out.numel() or (order is None and _launch_block_linear(rows, weight, offsets, out))
+    done = not out.numel() or _launch_block_linear(rows, order, top_k, weight, offsets, out)
     for tile in pointer_tiles(rows, total, experts, columns, done=done):
         tiles_m, tiles_n = tiles_with_rows(total, experts, tile.rows), cdiv(columns, tile.columns)
         with on_device(rows):
@@ -230,9 +244,8 @@ def gather_linear(x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets:
 
 @triton.jit
 def grouped_wgrad_kernel(
-    rows, order, grad, offsets, out, n_in, n_out, stride_r, stride_g, stride_e, stride_i, stride_o,
-    tiles_i, tiles_o, top_k, ADD: tl.constexpr,
-    GATHER: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    rows, grad, offsets, out, n_in, n_out, stride_r, stride_g, stride_e, stride_i, stride_o,
+    tiles_i, tiles_o, ADD: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BI: tl.constexpr, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out[e] [I, O] = rows_e [n, I]^T @ grad_e [n, O]. Grid (E * tiles_i * tiles_o,): a tile of out each.
@@ -251,10 +264,7 @@ def grouped_wgrad_kernel(
     for r0 in range(start, end, BR):
         row = r0 + tl.arange(0, BR)
         held = row < end
-        source = row.to(tl.int64)
-        if GATHER:
-            source = tl.load(order + row, mask=held, other=0) // top_k
-        left = tl.load(rows + source[None, :] * stride_r + i, mask=held[None, :] & (i < n_in), other=0.0)
+        left = tl.load(rows + row.to(tl.int64)[None, :] * stride_r + i, mask=held[None, :] & (i < n_in), other=0.0)
         right = tl.load(grad + row.to(tl.int64)[:, None] * stride_g + o, mask=held[:, None] & (o < n_out), other=0.0)
         total, lost = accumulate(left, right, total, lost, PRECISION)
     target = out + expert.to(tl.int64) * stride_e + i.to(tl.int64) * stride_i + o.to(tl.int64) * stride_o
@@ -333,16 +343,7 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
     return done
 
 
-def _launch_wgrad(
-    rows: Tensor,
-    order: Tensor | None,
-    top_k: int,
-    grad: Tensor,
-    offsets: Tensor,
-    out: Tensor,
-    op: str,
-    add: bool = False,
-) -> None:
+def _launch_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor, op: str, add: bool = False) -> None:
     check_dtypes(op, {"rows": rows, "grad": grad}, same=True)
     check_dtypes(op, {"out": out})
     experts, inner, columns = out.shape
@@ -354,30 +355,24 @@ def _launch_wgrad(
     if not out.numel():
         return
     rows, grad = unit_columns(rows), unit_columns(grad)
-    if order is None and _launch_block_wgrad(rows, grad, offsets, out, add):
+    if _launch_block_wgrad(rows, grad, offsets, out, add):
         return
     tile = pointer_tiles(rows, MANY_ROWS * experts, experts, columns)[-1]  # every tile of the matrix is full, whatever the rows
     tiles_i, tiles_o = cdiv(inner, tile.rows), cdiv(columns, tile.columns)
     with on_device(rows):
         launch(
             grouped_wgrad_kernel, (experts * tiles_i * tiles_o,),
-            rows, offsets if order is None else order, grad, offsets, out, inner, columns, rows.stride(0),
-            grad.stride(0), *out.stride(), tiles_i, tiles_o, top_k, ADD=add, GATHER=order is not None,
-            PRECISION=float32_precision(), GROUP=tile.group, BI=tile.rows, BO=tile.columns, BR=tile.inner,
+            rows, grad, offsets, out, inner, columns, rows.stride(0), grad.stride(0), *out.stride(), tiles_i, tiles_o,
+            ADD=add, PRECISION=float32_precision(), GROUP=tile.group, BI=tile.rows, BO=tile.columns, BR=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
 def grouped_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
     """out[e] = rows_e^T @ grad_e for every expert, out [E, I, O] any strides; see `moefx.ops.grouped_wgrad`."""
-    _launch_wgrad(rows, None, 1, grad, offsets, out, "grouped_wgrad")
+    _launch_wgrad(rows, grad, offsets, out, "grouped_wgrad")
 
 
 def grouped_wgrad_add(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
     """out[e] += rows_e^T @ grad_e, rounded to out's dtype once; see `moefx.ops.grouped_wgrad_add`."""
-    _launch_wgrad(rows, None, 1, grad, offsets, out, "grouped_wgrad_add", add=True)
-
-
-def gather_wgrad(x: Tensor, order: Tensor, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """grouped_wgrad(gather_rows(x, order, top_k, offsets), grad, offsets, out) without the permuted copy of x."""
-    _launch_wgrad(x, order, top_k, grad, offsets, out, "gather_wgrad")
+    _launch_wgrad(rows, grad, offsets, out, "grouped_wgrad_add", add=True)

@@ -3,8 +3,6 @@
 R, the number of routed rows held, is always T*K here: no size depends on data and the host never waits. Rows behind
 offsets[E] keep whatever the memory held; no op reads them. Beyond the ops of `moefx.ops` the table has
 
-    gather_linear(x, order, top_k, weight, offsets)             grouped_linear of gathered rows, without the copy
-    gather_wgrad(x, order, top_k, grad, offsets, out)           grouped_wgrad of gathered rows, without the copy
     compile_pointwise(template, segment, leaves)                a segment's own kernels (moefx.codegen.triton_pointwise)
     grouped_linear_act(pointwise, rows, weights, leaves, offsets, order=None, top_k=1, save=True)
                                                                 linears with their segment in the epilogue
@@ -17,7 +15,6 @@ from typing import Any
 
 from moefx.codegen.triton_grouped import (
     gather_linear,
-    gather_wgrad,
     grouped_linear,
     grouped_wgrad,
     grouped_wgrad_add,
@@ -27,6 +24,7 @@ from moefx.codegen.triton_permute import combine, combine_backward, expert_rows,
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_route import regroup, route
 from moefx.codegen.triton_tape import Tapes
+from moefx.codegen.triton_workspace import gather_wgrad, linear_combine
 from torch import Tensor
 
 __all__ = ["OPS", "Pointwise", "Unsupported", "compile_pointwise", "interpreted", "supports"]
@@ -60,6 +58,7 @@ OPS: dict[str, Callable[..., Any]] = {
         expert_sum,
         combine,
         combine_backward,
+        linear_combine,
         gather_linear,
         gather_wgrad,
         compile_pointwise,

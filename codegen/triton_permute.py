@@ -82,7 +82,7 @@ def rows_backward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
-    h, position, w, bias, ids, out, tokens, width, stride_h, stride_b, K: tl.constexpr,
+    h, position, w, bias, ids, out, tokens, width, stride_h, stride_b, stride_o, K: tl.constexpr,
     WEIGHTED: tl.constexpr, BIASED: tl.constexpr, UNROLL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [T, O] = sum over k of w[t, k] * (h[position[t, k]] + bias[ids[t, k]]). Grid (T / BM, O / BN): a block of out each.
@@ -107,7 +107,7 @@ def combine_kernel(
             value *= tl.load(w + token * K + k, mask=filled, other=0.0).to(tl.float32)[:, None]
         total += value
     tl.store(
-        out + token[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & in_width
+        out + token[:, None] * stride_o + column[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & in_width
     )
 
 
@@ -115,21 +115,28 @@ def combine(
     h: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype, bias: Tensor | None = None, ids: Tensor | None = None
 ) -> Tensor:
     """y [T, O], the weighted sum of each token's rows h [R, O]; see `moefx.ops.combine`."""
+    out = h.new_empty(position.shape[0], h.shape[1], dtype=out_dtype)
+    combine_into(out, h, position, w, bias, ids)
+    return out
+
+
+def combine_into(
+    out: Tensor, h: Tensor, position: Tensor, w: Tensor | None, bias: Tensor | None = None, ids: Tensor | None = None
+) -> None:
+    """`combine`, written into out [T, O], whose columns lie side by side."""
     check_dtypes("combine", {"h": h, "bias": bias})
     h, biased = unit_columns(h), bias is not None and ids is not None
     bias, ids = (unit_columns(bias), ids.contiguous()) if bias is not None and ids is not None else (h, position)
     tokens, top_k = position.shape
     width = h.shape[1]
-    out = h.new_empty(tokens, width, dtype=out_dtype)
     if out.numel():
         bm, bn = _blocks(width)
         with on_device(h):
             launch(
                 combine_kernel, (cdiv(tokens, bm), cdiv(width, bn)),
                 h, position, h if w is None else w.contiguous(), bias, ids, out, tokens, width, h.stride(0), bias.stride(0),
-                K=top_k, WEIGHTED=w is not None, BIASED=biased, UNROLL=power_of_2(top_k, most=8), BM=bm, BN=bn,
+                out.stride(0), K=top_k, WEIGHTED=w is not None, BIASED=biased, UNROLL=power_of_2(top_k, most=8), BM=bm, BN=bn,
             )  # fmt: skip
-    return out
 
 
 @triton.jit(do_not_specialize=["rows"])

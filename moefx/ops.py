@@ -158,6 +158,16 @@ def grouped_wgrad_add(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor) 
             out[e].add_(torch.mm(rows[a:b].t(), grad[a:b]))
 
 
+def gather_linear(x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
+    """[R, O]: `grouped_linear` of the rows that `gather_rows` takes from x [T, I]."""
+    return grouped_linear(gather_rows(x, order, top_k, offsets), weight, offsets)
+
+
+def gather_wgrad(x: Tensor, order: Tensor, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor) -> None:
+    """`grouped_wgrad` of the rows that `gather_rows` takes from x [T, I], with grad [R, O]."""
+    grouped_wgrad(gather_rows(x, order, top_k, offsets), grad, offsets, out)
+
+
 def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """[R, n]: the vector of each row's expert, leaf [E, n]; `rows` is R."""
     row = torch.arange(rows, device=leaf.device)
@@ -207,6 +217,15 @@ def combine(
             term.masked_fill_(position[:, k : k + 1] < 0, 0)
         y += term
     return y.to(out_dtype)
+
+
+def linear_combine(
+    rows: Tensor, weight: Tensor, offsets: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype,
+    bias: Tensor | None = None, ids: Tensor | None = None, in_parts: bool = False,
+) -> Tensor:  # fmt: skip
+    """y [T, O]: `combine` of `grouped_linear`. in_parts: it may be made some columns at a time, which takes less memory and
+    more time, where rows [R, O] are large; the result is the same."""
+    return combine(grouped_linear(rows, weight, offsets), position, w, out_dtype, bias, ids)
 
 
 def _combine_rows(h: Tensor, position: Tensor, w: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -288,9 +307,12 @@ OPS: dict[str, Callable[..., object]] = {
         grouped_linear,
         grouped_wgrad,
         grouped_wgrad_add,
+        gather_linear,
+        gather_wgrad,
         expert_rows,
         expert_sum,
         combine,
+        linear_combine,
         bias_products,
         combine_backward,
         slot_rows,

@@ -156,6 +156,16 @@ class Runtime:
         result: Tensor = self.ops["grouped_linear"](rows.to(weight.dtype), weight, offsets)
         return result
 
+    def gather_linear(self, x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
+        """`grouped_linear` of the tokens' rows, which are gathered on the way."""
+        result: Tensor = self.ops["gather_linear"](x.to(weight.dtype), order, top_k, weight, offsets)
+        return result
+
+    def linear_combine(self, rows: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        """`combine` of `grouped_linear`; where a backward follows or runs, memory counts for more than time."""
+        result: Tensor = self.ops["linear_combine"](rows.to(weight.dtype), weight, *args, in_parts=self._keep)
+        return result
+
     def grouped_wgrad(self, rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
         """Writes a matrix leaf's gradient; nothing to do for a frozen leaf (None)."""
         if out is not None:
@@ -165,6 +175,16 @@ class Runtime:
         """Adds to a matrix leaf's gradient."""
         if out is not None:
             self.ops["grouped_wgrad_add"](rows.to(grad.dtype), grad, offsets, out)
+
+    def gather_wgrad(self, x: Tensor, order: Tensor, top_k: int, grad: Tensor, offsets: Tensor, out: Tensor | None) -> None:
+        """`grouped_wgrad` of the tokens' rows."""
+        if out is not None:
+            self.ops["gather_wgrad"](x.to(grad.dtype), order, top_k, grad, offsets, out)
+
+    def wgrad_gather(self, rows: Tensor, gy: Tensor, order: Tensor, top_k: int, offsets: Tensor, out: Tensor | None) -> None:
+        """`grouped_wgrad` whose gradient is that of the tokens."""
+        if out is not None:
+            self.ops["gather_wgrad"](gy, order, top_k, rows.to(gy.dtype), offsets, out.transpose(1, 2))
 
     @staticmethod
     def write(out: Tensor | None, value: Tensor) -> None:

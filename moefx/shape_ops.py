@@ -40,11 +40,18 @@ def combine(
     return h.new_empty((position.shape[0], h.shape[1]), dtype=out_dtype)
 
 
+def linear_combine(
+    rows: Tensor, weight: Tensor, offsets: Tensor, position: Tensor, w: Tensor | None, out_dtype: torch.dtype, *_: Any, **__: Any
+) -> Tensor:
+    """rows [R, I], weight [E, I, O], position [T, K] -> [T, O]."""
+    return rows.new_empty((position.shape[0], weight.shape[2]), dtype=out_dtype)
+
+
 def identity_add(y: Tensor, x: Tensor, position: Tensor, w: Tensor) -> Tensor:
     """y [T, O] -> [T, O]."""
     return torch.empty_like(y)
 
 
 SHAPE_OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op for op in (route, gather_rows, grouped_linear, expert_rows, combine, identity_add)
+    op.__name__: op for op in (route, gather_rows, grouped_linear, expert_rows, combine, linear_combine, identity_add)
 }

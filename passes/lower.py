@@ -45,6 +45,7 @@ from moefx.passes._launches import (
     with_frees,
     with_uses,
 )
+from moefx.passes._narrow import without_wide_rows
 
 from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph, issue_order
 from moefx.segments import Segment, steps, x_value
@@ -110,19 +111,21 @@ def lower(region: Region, graph: TaskGraph, schedule: Schedule) -> Plan:
     forward = graph.phase == "forward"
     region, bias = bias_apart(region)
     by_task: dict[str, list[Launch]] = {}
-    for c in range(graph.degree):
-        chunk = Chunk(region, c, graph.degree, one_lane=len(schedule.lanes) == 1, bias=bias)
+    one_lane = len(schedule.lanes) == 1
+    chunks = [Chunk(region, c, graph.degree, one_lane=one_lane, bias=bias) for c in range(graph.degree)]
+    for chunk in chunks:
         (_forward if forward else _backward)(chunk)
         by_task.update(chunk.launches)
 
     lanes = tuple(lane for lane, _ in schedule.lanes)
     launches = [replace(x, lane=lane) for lane, task in issue_order(schedule, graph) for x in by_task.get(task, [])]
-    if len(lanes) == 1:  # chunk by chunk
-        chunks = groupby(launches, key=lambda x: graph[x.task].chunk)
-        launches = [x for _, chunk_launches in chunks for x in late(list(chunk_launches), region)]
-    launches = with_events(launches, graph, schedule)
     outputs = ("y",) if forward else ("gx", "gw")
     saved = _saved(region, graph.degree) if forward else ()
+    if one_lane:  # chunk by chunk
+        keep = {*saved, *(chunk.name(out) for chunk in chunks for out in outputs)}
+        groups = [list(group) for _, group in groupby(launches, key=lambda x: graph[x.task].chunk)]
+        launches = [x for group in groups for x in late(without_wide_rows(group, region, keep), region, keep)]
+    launches = with_events(launches, graph, schedule)
     leaves = tuple(f"leaf{i}" for i in range(len(region.leaves)))
     if len(lanes) > 1:
         launches.append(Launch(EPILOGUE, HOME, "join", (), ()))

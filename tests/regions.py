@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from moefx.ir import Instr, Leaf, LeafRef, Ref, Region, Template
 
 E, D, F = 5, 8, 12
+N = 3  # the width of narrow experts
 
 
 def linear(rows: int, leaf: int, width: int) -> Instr:
@@ -40,9 +42,9 @@ def listed(name: str, shape: tuple[int, ...], strides: tuple[int, ...], at: int 
     return Leaf(shape, strides, tuple(f"{name}.{e}" for e in range(E)), (at,) * E)
 
 
-def swiglu(gate: Instr, up: Instr, leaf: int) -> tuple[Instr, ...]:
+def swiglu(gate: Instr, up: Instr, leaf: int, width: int = F) -> tuple[Instr, ...]:
     """x, gate (v1), up (v2), then (silu(gate) * up) @ leaf."""
-    silu, mul = op("silu.default", Ref(1), width=F), op("mul.Tensor", Ref(3), Ref(2), width=F)
+    silu, mul = op("silu.default", Ref(1), width=width), op("mul.Tensor", Ref(3), Ref(2), width=width)
     return Instr("x", width=D), gate, up, silu, mul, linear(4, leaf, D)
 
 
@@ -57,6 +59,29 @@ def _swiglu_fused() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tupl
         stacked("down", F, D, strides=(1, F)),
     )
     return swiglu(linear(0, 0, F), linear(0, 1, F), 2), leaves, {"gate_up": (E, 2 * F, D), "down": (E, D, F)}
+
+
+def _narrow() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
+    """As `_swiglu_fused`, with experts narrower than the model (as in Qwen3)."""
+    leaves = (
+        stacked("gate_up", D, N, every=2 * N * D, strides=(1, D)),
+        stacked("gate_up", D, N, at=N * D, every=2 * N * D, strides=(1, D)),
+        stacked("down", N, D, strides=(1, N)),
+    )
+    return swiglu(linear(0, 0, N), linear(0, 1, N), 2, N), leaves, {"gate_up": (E, 2 * N, D), "down": (E, D, N)}
+
+
+def _narrow_bias() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
+    """Narrow experts with a vector added last."""
+    leaves = (stacked("up", D, N), stacked("down", N, D), stacked("bias", D))
+    add = op("add.Tensor", Ref(3), LeafRef(2), width=D)
+    instrs = (X, linear(0, 0, N), op("relu.default", Ref(1), width=N), linear(2, 1, D), add)
+    return instrs, leaves, {"up": (E, D, N), "down": (E, N, D), "bias": (E, D)}
+
+
+def _narrow_low_rank() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
+    """A product of a product, as in experts that are low-rank adapters."""
+    return (X, linear(0, 0, N), linear(1, 1, D)), (stacked("a", D, N), stacked("b", N, D)), {"a": (E, D, N), "b": (E, N, D)}
 
 
 def _swiglu_separate() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
@@ -95,12 +120,12 @@ def _interleaved_bias() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, 
     return instrs, leaves, shapes
 
 
-def _listed() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
+def _listed(width: int = F) -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
     """A ModuleList of experts with w1, w2, w3 as nn.Linear weights [out, in]."""
-    leaves = (listed("w1", (D, F), (1, D)), listed("w3", (D, F), (1, D)), listed("w2", (F, D), (1, F)))
-    shapes = {f"w1.{e}": (F, D) for e in range(E)} | {f"w3.{e}": (F, D) for e in range(E)}
-    shapes |= {f"w2.{e}": (D, F) for e in range(E)}
-    return swiglu(linear(0, 0, F), linear(0, 1, F), 2), leaves, shapes
+    leaves = (listed("w1", (D, width), (1, D)), listed("w3", (D, width), (1, D)), listed("w2", (width, D), (1, width)))
+    shapes = {f"w1.{e}": (width, D) for e in range(E)} | {f"w3.{e}": (width, D) for e in range(E)}
+    shapes |= {f"w2.{e}": (D, width) for e in range(E)}
+    return swiglu(linear(0, 0, width), linear(0, 1, width), 2, width), leaves, shapes
 
 
 def _residual_norm() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
@@ -136,6 +161,10 @@ def _one_linear() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[
 
 STYLES = {
     "swiglu_fused": _swiglu_fused,
+    "narrow": _narrow,
+    "narrow_bias": _narrow_bias,
+    "narrow_low_rank": _narrow_low_rank,
+    "narrow_listed": partial(_listed, N),
     "swiglu_separate": _swiglu_separate,
     "interleaved_bias": _interleaved_bias,
     "listed": _listed,
@@ -148,7 +177,8 @@ STYLES = {
 def region(style: str, top_k: int = 2, **changes: Any) -> Region:
     instrs, leaves, _ = STYLES[style]()
     template = Template(instrs)
-    return Region(E, top_k, D, D, F, template, leaves, routing="by hand", layout=style, **changes)
+    width = N if style.startswith("narrow") else F
+    return Region(E, top_k, D, D, width, template, leaves, routing="by hand", layout=style, **changes)
 
 
 def parameters(style: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from moefx.errors import PlanError
 from moefx.ir import Instr, Ref, Region, Template
 
 
-@pytest.mark.parametrize("style", ["swiglu_fused", "interleaved_bias"])
+@pytest.mark.parametrize("style", ["swiglu_fused", "interleaved_bias", "narrow"])
 @pytest.mark.parametrize("degree", [1, 3])
 def test_golden(golden, style, degree):
     golden(f"emit_{style}_r{degree}", compile_region(regions.region(style), degree).source)

@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from moefx.codegen import triton_grouped, triton_route, triton_tiles
+from moefx.codegen import triton_grouped, triton_route, triton_tiles, triton_workspace
 from moefx.codegen.triton_ops import OPS, supports
 from torch import Tensor
 
@@ -253,9 +253,15 @@ def test_products_by_the_copy_engine(
     for w, tile in product((weight, weight.contiguous()), triton_tiles.candidates("linear", 16, d, f)):
         out = torch.full((rows.shape[0], f), NAN, dtype=dtype, device=DEVICE)
         with triton_tiles.only("linear", tile):
-            assert triton_grouped._launch_block_linear(rows, w, c.offsets, out)
+            assert triton_grouped._launch_block_linear(rows, None, 1, w, c.offsets, out)
         assert relative(c.held(out), ops.grouped_linear(c.held(rows), w, c.offsets)) <= 1e-3
         assert out[c.n :].isnan().all()
+        x = torch.randn(c.x.shape[0], d).to(dtype).to(DEVICE)
+        with triton_tiles.only("linear", tile):
+            assert triton_grouped._launch_block_linear(x, c.order, c.top_k, w, c.offsets, out) == (d % tile.inner == 0)
+        if d % tile.inner == 0:
+            assert relative(c.held(out), ops.gather_linear(x, c.order[: c.n], c.top_k, w, c.offsets)) <= 1e-3
+            assert out[c.n :].isnan().all()
     want = torch.empty(experts, d, f, dtype=dtype, device=DEVICE)
     ops.grouped_wgrad(c.held(rows), c.held(h), c.offsets, want)
     for tile in triton_tiles.candidates("wgrad", 16, d, f):
@@ -264,6 +270,30 @@ def test_products_by_the_copy_engine(
                 with triton_tiles.only("wgrad", tile):
                     assert triton_grouped._launch_block_wgrad(rows, h, c.offsets, out, add)
                 assert relative(out, times * want) <= 1e-3
+
+
+@pytest.mark.parametrize("large", [0, 1 << 40], ids=["halves", "whole"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("case", [(17, 3, 5, "any"), (40, 2, 5, "few")], ids=str)
+def test_wide_rows_in_parts(
+    case: tuple[int, int, int, str], biased: bool, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_workspace, "LARGE_BYTES", large)
+    (tokens, top_k, experts, _), wide, c = case, 512, make(*case)
+    assert len(triton_workspace.column_parts(tokens * top_k, wide, 4)) == (2 if not large else 1)
+    x, a = torch.randn(tokens, wide, device=DEVICE), torch.randn(tokens * top_k, F, device=DEVICE)
+    a[c.n :] = NAN
+    weight = torch.randn(experts, wide, F, device=DEVICE).transpose(1, 2)
+    bias, ids = (torch.randn(experts, wide, device=DEVICE), c.ids) if biased else (None, None)
+    given = (weight, c.offsets, c.position, c.w, torch.float32, bias, ids)
+    want = ops.linear_combine(c.held(a), *given)
+    for in_parts in (False, True):
+        assert relative(OPS["linear_combine"](a, *given, in_parts=in_parts), want) <= 2e-6
+    want, got = torch.full((2, experts, wide, F), NAN, device=DEVICE)
+    ops.gather_wgrad(x, c.order[: c.n], top_k, c.held(a), c.offsets, want)
+    for out in (got, torch.full_like(weight, NAN).transpose(1, 2)):
+        OPS["gather_wgrad"](x, c.order, top_k, a, c.offsets, out)
+        assert relative(out, want) <= 2e-6
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 16), (64, 32, 64)], ids=str)
