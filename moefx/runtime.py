@@ -259,13 +259,16 @@ class Runtime:
         order: Tensor,
         w: Tensor,
         beside: Tensor | None = None,
+        alone: bool = True,
     ) -> tuple[Tensor, ...]:
         """`act_vjp` of a segment with one output a, which the routing weights w [T, K] multiply: for the gradient of w a
-        it returns w a, the gradients of the segment's inputs and leaves, and that of w, to which `beside` [T, K] is added."""
+        it returns w a, the gradients of the segment's inputs and leaves, and that of w, to which `beside` [T, K] is added.
+        alone: nobody else reads the inputs, and what was saved for the last time may be written over."""
         kernel = self._pointwise.get(function.__name__)
         if kernel:
             given = (inputs, leaves, offsets, gradients, order, w)
-            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(*given, in_place=self._overwrite, beside=beside)
+            in_place = self._overwrite and alone
+            outputs, input_grads, leaf_grads, gw = kernel.weighted_vjp(*given, in_place=in_place, beside=beside)
             return (*outputs, *input_grads, *leaf_grads, gw)
         (g,) = gradients
         scale = self.ops["slot_rows"](w, order, offsets)

@@ -255,8 +255,10 @@ def experts_backward(chunk: Chunk, gradients: Gradients) -> None:
         args = (*chunk.reads(step), chunk.name("offsets"), gs)
         if step == weighted:
             outs.append(gw_of(region))
-            beside = () if chunk.bias is None else ("gw_bias",)
-            chunk.launch("d_experts", f"{step.name}.weighted_vjp", outs, (*args, *chunk.names(("order", "w", *beside))))
+            more: tuple[Any, ...] = chunk.names(("order", "w") if chunk.bias is None else ("order", "w", "gw_bias"))
+            if any(gradients.consumers[i] > 1 for i in step.inputs):  # which are not this segment's alone to write over
+                more = (*more, *(() if len(more) > 2 else (None,)), False)
+            chunk.launch("d_experts", f"{step.name}.weighted_vjp", outs, (*args, *more))
         else:
             chunk.launch("d_experts", f"{step.name}.vjp", outs, args)
         for leaf in step.leaves:

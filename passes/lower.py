@@ -12,7 +12,8 @@ Ops beside those of moefx.ops: slice, cat, add, join; write and add_into for a l
     act_i.vjp(inputs, leaves, offsets, gradients)  its outputs again, the gradients of its inputs and of its leaves
     act_i.weighted_vjp(inputs, leaves, offsets, gradients, order, w)  the same for a result that w multiplies row by row:
                                               w times its output, and after all others the gradient of w; one more
-                                              argument, [T, K], is added to that
+                                              argument, [T, K] or None, is added to that; a last one, False: others
+                                              read the inputs too
 
 Saved for backward are x, w, the routing and the values which segments read (pre-activations), and the result h where
 the routing weights need it (not where `weighted_segment` moves them). Gathered rows and segment results are made again.

@@ -149,6 +149,20 @@ def _residual_norm() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tup
     return instrs, leaves, {"g": (D,), "up": (D, F), "down": (E, F, D), "scale": (E,)}
 
 
+def _read_twice() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
+    """Two hidden layers, of which the second is gated by the first: a saved value that two segments read."""
+    leaves = (stacked("up", D, F), stacked("mid", F, F), stacked("down", F, D))
+    instrs = (
+        X,
+        linear(0, 0, F),
+        op("relu.default", Ref(1), width=F),
+        linear(2, 1, F),
+        op("mul.Tensor", Ref(3), Ref(1), width=F),
+        linear(4, 2, D),
+    )
+    return instrs, leaves, {"up": (E, D, F), "mid": (E, F, F), "down": (E, F, D)}
+
+
 def _plain_relu() -> tuple[tuple[Instr, ...], tuple[Leaf, ...], dict[str, tuple[int, ...]]]:
     leaves = (stacked("up", D, F), stacked("down", F, D))
     instrs = (X, linear(0, 0, F), op("relu.default", Ref(1), width=F), linear(2, 1, D))
@@ -170,6 +184,7 @@ STYLES = {
     "listed": _listed,
     "residual_norm": _residual_norm,
     "plain_relu": _plain_relu,
+    "read_twice": _read_twice,
     "one_linear": _one_linear,
 }
 
