@@ -28,6 +28,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[2]))
 
 
+def gather_linear(x: Tensor, order: Tensor, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [T, I], weight [E, I, O] -> [R, O]."""
+    return x.new_empty((order.numel(), weight.shape[2]))
+
+
 def expert_rows(leaf: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """leaf [E, n] -> [R, n]."""
     return leaf.new_empty((rows, leaf.shape[1]))
@@ -53,5 +58,6 @@ def identity_add(y: Tensor, x: Tensor, position: Tensor, w: Tensor) -> Tensor:
 
 
 SHAPE_OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op for op in (route, gather_rows, grouped_linear, expert_rows, combine, linear_combine, identity_add)
+    op.__name__: op
+    for op in (route, gather_rows, grouped_linear, gather_linear, expert_rows, combine, linear_combine, identity_add)
 }
