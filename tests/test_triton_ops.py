@@ -274,26 +274,32 @@ def test_products_by_the_copy_engine(
 
 @pytest.mark.parametrize("large", [0, 1 << 40], ids=["halves", "whole"])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["pointers", "blocks"])
 @pytest.mark.parametrize("case", [(17, 3, 5, "any"), (40, 2, 5, "few")], ids=str)
 def test_wide_rows_in_parts(
-    case: tuple[int, int, int, str], biased: bool, large: int, monkeypatch: pytest.MonkeyPatch
+    case: tuple[int, int, int, str], dtype: torch.dtype, biased: bool, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_workspace, "LARGE_BYTES", large)
-    (tokens, top_k, experts, _), wide, c = case, 512, make(*case)
-    assert len(triton_workspace.column_parts(tokens * top_k, wide, 4)) == (2 if not large else 1)
-    x, a = torch.randn(tokens, wide, device=DEVICE), torch.randn(tokens * top_k, F, device=DEVICE)
+    monkeypatch.setattr(triton_grouped, "BLOCKS_FROM", 0)
+    (tokens, top_k, experts, _), wide, narrow, c = case, 512, 136, make(*case, dtype=dtype)
+    assert len(triton_workspace.column_parts(tokens * top_k, wide, 2)) == (2 if not large else 1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype).to(DEVICE)
+
+    x, a = randn(tokens, wide), randn(tokens * top_k, narrow)
     a[c.n :] = NAN
-    weight = torch.randn(experts, wide, F, device=DEVICE).transpose(1, 2)
-    bias, ids = (torch.randn(experts, wide, device=DEVICE), c.ids) if biased else (None, None)
+    weight = (randn(experts, wide, narrow) / narrow**0.5).transpose(1, 2)
+    bias, ids = (randn(experts, wide), c.ids) if biased else (None, None)
     given = (weight, c.offsets, c.position, c.w, torch.float32, bias, ids)
     want = ops.linear_combine(c.held(a), *given)
     for in_parts in (False, True):
-        assert relative(OPS["linear_combine"](a, *given, in_parts=in_parts), want) <= 2e-6
-    want, got = torch.full((2, experts, wide, F), NAN, device=DEVICE)
+        assert relative(OPS["linear_combine"](a, *given, in_parts=in_parts), want) <= TOLERANCE[dtype]
+    want = torch.empty(experts, wide, narrow, dtype=dtype, device=DEVICE)
     ops.gather_wgrad(x, c.order[: c.n], top_k, c.held(a), c.offsets, want)
-    for out in (got, torch.full_like(weight, NAN).transpose(1, 2)):
+    for out in (torch.full_like(want, NAN), torch.full_like(weight, NAN).transpose(1, 2)):
         OPS["gather_wgrad"](x, c.order, top_k, a, c.offsets, out)
-        assert relative(out, want) <= 2e-6
+        assert relative(out, want) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("tile", [(16, 64, 16), (64, 32, 64)], ids=str)
