@@ -41,7 +41,7 @@ def plans_for(
     shares = {p: codec.wire_bytes(region.d_model, dtype) / (region.d_model * dtype.itemsize) for p, codec in wire.codecs.items()}
     sizes = Sizes(
         tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks,
-        bytes_per_element=dtype.itemsize, matrices=_matrices(region),
+        bytes_per_element=dtype.itemsize, matrices=matrices(region),
     )  # fmt: skip
     if options.capacity is not None:
         sizes = replace(sizes, capacity_factor=options.capacity * sizes.experts / (sizes.top_k * sizes.tokens))
@@ -103,6 +103,9 @@ def fastest(runs: Mapping[Chosen, Runs], decided: Chosen) -> Chosen:
     return min(r for r, of in runs.items() if of.median_s <= limit.median_s)
 
 
-def _matrices(region: Region) -> int:
-    """Products of an expert: 3 where it is gated, else 2, as `moefx.costs` counts them."""
-    return 3 if sum(instr.kind == "linear" for instr in region.template.instrs) > 2 else 2
+def matrices(region: Region) -> int:
+    """Products of D and F of an expert, as `moefx.costs` counts them: 3 where it is gated, whether gate and up are one product
+    or two, else 2."""
+    instrs = region.template.instrs
+    work = sum(instrs[instr.args[0].index].width * instr.width for instr in instrs if instr.kind == "linear")
+    return 3 if 2 * work > 5 * region.d_model * region.d_expert else 2

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 
 import pytest
+import regions
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from moefx.codegen.all_to_all import make_all_to_all
 from moefx.codegen.codecs import Int8
+from moefx.passes.simplify import simplify
 from ranks import run_ranks
 from test_parallel import EXACT, _profile_file, batch, differences, language_model
 
 import moefx
-from moefx.degrees import candidates, fastest
+from moefx.degrees import candidates, fastest, matrices
 from moefx.errors import InputError
 from moefx.measured import AtOnce, Runs
 
@@ -25,6 +27,13 @@ def test_the_degrees_around_the_chosen_one():
     assert candidates(6, 64) == [1, 2, 3, 4, 6, 8, 12]
     assert candidates(3, 3) == [1, 2, 3]
     assert candidates(1, 0) == [1]
+
+
+def test_gate_and_up_count_twice_in_one_product_or_two():
+    by_style = {style: matrices(simplify(regions.region(style))) for style in regions.STYLES}
+    gated = {"swiglu_fused", "narrow", "swiglu_separate", "interleaved_bias", "listed", "narrow_listed", "read_twice"}
+    assert {style for style, count in by_style.items() if count == 3} == gated
+    assert matrices(regions.region("swiglu_fused")) == 3, "also before its leaves are joined"
 
 
 def test_a_chunk_more_has_to_be_worth_it():
