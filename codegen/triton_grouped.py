@@ -99,7 +99,7 @@ def left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER: tl.constexpr
     return rows + row[:, None] * stride_r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_n"])
 def grouped_linear_kernel(
     rows, order, weight, offsets, out, n_in, n_out, stride_r, stride_e, stride_i, stride_o,
     experts, tiles_n, top_k,
@@ -132,7 +132,7 @@ def grouped_linear_kernel(
         tl.store(target, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < n_out))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_n"])
 def block_linear_kernel(
     rows, order, weight, offsets, out, n_in, stride_r, experts, tiles_n, top_k,
     GATHER: tl.constexpr, INNER_LAST: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_E: tl.constexpr,
