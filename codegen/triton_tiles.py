@@ -27,7 +27,7 @@ from moefx.codegen.triton_launch import compiling
 from moefx.errors import InputError
 from moefx.profile import cache_folder, device_name, file_name
 
-VERSION = 1
+VERSION = 2  # of the file: it holds the rule's tiles too, so a new rule makes old files wrong
 # The kinds of products, and the kernels that make them.
 KINDS = {
     "linear": "rows times weights by the copy engine",

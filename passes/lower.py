@@ -4,7 +4,8 @@ Names in a plan: v{i} is template value i (v of the `x` instruction: the gathere
 leaf{i} / dleaf{i} a leaf of all experts [E, ...] and its gradient, s{i} a chunk's share of a vector leaf's gradient.
 With several chunks every name of chunk c ends in `_c`.
 
-Ops beside those of moefx.ops: slice, cat, add, join; write and add_into for a leaf's gradient; and of a segment act_i
+Ops beside those of moefx.ops: slice, cat, add, join; write and add_into for a leaf's gradient; wgrad_gather, a gather_wgrad
+whose other operand is gathered (see `moefx.passes._narrow`); and of a segment act_i
 
     act_i(inputs, leaves, offsets)            its outputs
     act_i.linear(rows, weights, leaves, offsets)   its inputs, linears of the same rows, then its outputs; with two more

@@ -116,11 +116,11 @@ def test_what_is_saved_is_read_again(tmp_path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("", "no tiles"),
         ("{}", "no tiles"),
-        ('{"version": 0}', "version 1 is needed; got 0"),
-        ('{"version": 1, "choices": [{"kind": "linear"}], "device": "x", "source": "", "notes": []}', "no tiles"),
+        ('{"version": 0}', "version 2 is needed; got 0"),
+        ('{"version": 2, "choices": [{"kind": "linear"}], "device": "x", "source": ""}', "no tiles"),
         (
-            '{"version": 1, "choices": [{"kind": "wide", "rows": 1, "inner": 1, "columns": 1, "gain": 1, "tile": '
-            '{"rows": 1, "columns": 1, "inner": 1, "warps": 1, "stages": 1}}], "device": "x", "source": "", "notes": []}',
+            '{"version": 2, "choices": [{"kind": "wide", "rows": 1, "inner": 1, "columns": 1, "gain": 1, "tile": '
+            '{"rows": 1, "columns": 1, "inner": 1, "warps": 1, "stages": 1}}], "device": "x", "source": ""}',
             "no choice of a tile",
         ),
     ],
