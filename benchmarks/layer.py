@@ -9,14 +9,16 @@ model; where the host is slower, its time counts. For few tokens a third time is
 a peer can be captured, and the speed is that of the graph. The last column of moefx's rows of many tokens: its step with
 skewed routing (Zipf's popularity of experts), as a multiple of the step with even routing.
 
-Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile; moefx has both rows
-too, the layer called eagerly and under torch.compile.
+Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile; where they are
+installed Liger's experts (the `liger-kernel` package) in Hugging Face's block, and SonicMoE's layer (`sonic-moe`), both without
+biases. moefx has two rows, the layer called eagerly and under torch.compile.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import statistics
 import sys
 import time
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -56,7 +59,8 @@ SHAPES = {
 TOKENS = (1, 16, 64, 512, 4096, 16384, 32768)
 CALLS = 4  # of a turn
 FEW_TOKENS = 64  # up to here the time is that of reading weights
-PEERS = ("hf eager", "hf grouped_mm", "hf grouped_mm compiled", "moefx", "moefx compiled")
+PEERS = ("hf eager", "hf grouped_mm", "hf grouped_mm compiled", "liger", "sonicmoe", "moefx", "moefx compiled")
+PACKAGES = {"liger": "liger_kernel", "sonicmoe": "sonicmoe"}  # peers that may be missing
 
 
 def build(shape: Shape, implementation: str, device: str) -> nn.Module:
@@ -99,12 +103,48 @@ class Layer(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
+class Sonic(nn.Module):
+    """SonicMoE's layer of this shape: a router of its own, softmax and top-k as in Hugging Face's block."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        from sonicmoe import MoE
+        from sonicmoe.enums import ActivationType
+
+        super().__init__()
+        with torch.device(device):
+            self.moe = MoE(
+                num_experts=shape.experts, num_experts_per_tok=shape.top_k, hidden_size=shape.d_model,
+                intermediate_size=shape.d_expert, activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02,
+            ).to(torch.bfloat16)  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        from sonicmoe import KernelBackendMoE
+
+        y: Tensor = self.moe(x.flatten(0, 1), kernel_backend_moe=KernelBackendMoE.sonicmoe)[0]
+        return y.view_as(x)
+
+
+def missing(peer: str, shape: Shape) -> str:
+    """Why a peer has no row; empty where it has."""
+    package = PACKAGES.get(peer)
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    return "it has no experts with biases" if package and shape.family == "gpt_oss" else ""
+
+
 def ours(peer: str) -> bool:
     return peer.startswith("moefx")
 
 
 def make(peer: str, shape: Shape, device: str) -> nn.Module:
+    if peer == "sonicmoe":
+        return Layer(Sonic(shape, device))
     layer = Layer(build(shape, "eager" if peer == "hf eager" else "grouped_mm", device))
+    if peer == "liger":
+        from liger_kernel.transformers.swiglu import LigerExperts
+
+        experts = layer.block.experts
+        experts.forward = MethodType(LigerExperts.forward, experts)
     if ours(peer):
         moefx.optimize(layer, (torch.randn(1, 64, shape.d_model, device=device, dtype=torch.bfloat16),))
         report = moefx.explain(layer)
@@ -307,7 +347,10 @@ def main() -> None:
             print(f"{name} left out: over the budget of {options.budget:.0f} s")
             continue
         shape = SHAPES[name]
-        base = {peer: make(peer, shape, "cuda") for peer in options.peers}
+        without = {peer: why for peer in options.peers if (why := missing(peer, shape))}
+        for peer, why in without.items():
+            print(f"{name}: no row for {peer}: {why}")
+        base = {peer: make(peer, shape, "cuda") for peer in options.peers if peer not in without}
         for tokens in options.tokens:
             if time.perf_counter() - start > options.budget:
                 break
