@@ -3,9 +3,9 @@
 Per row: tokens/s of a training step (forward + backward) and of prefill (forward without gradients), the median of rounds in
 which every row has its turn; the share of this machine's matmul ceiling, measured in the same run, that the useful FLOPs of
 training reach; the peak of allocated GPU memory in a training step, weights and gradients included; seconds from a new model
-to its first training step and its first prefill, optimising and compiling included: "cold" in a process of its own with empty
-caches, "warm" in this process with the caches that the cold one filled. All rows share one set of weights, and a row whose
-loss is not that of the first is a failure, as is a row of moefx in which not every block is replaced.
+to its first training step and its first prefill, optimising and compiling included: "cold" with empty caches, "warm" with
+those that the cold one filled, each in a process of its own. All rows share one set of weights, and a row whose loss is not
+that of the first is a failure, as is a row of moefx in which not every block is replaced.
 
 The row "bound" is the compiled model without its experts, plus the FLOPs of the experts at the matmul ceiling: what no way to
 run the experts can pass, since all the rest is the same in every compiled row.
@@ -203,8 +203,9 @@ def use_cache(folder: Path) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
 
 
-def cold(name: str, folder: Path, arguments: list[str], seconds: float) -> float:
-    """Seconds of the row's first calls in a process of its own. Raises when it fails, or takes longer than `seconds`."""
+def apart(name: str, folder: Path, arguments: list[str], seconds: float) -> float:
+    """Seconds of the row's first calls in a process of its own, with the caches in `folder`. Raises when it fails, or takes
+    longer than `seconds`."""
     command = [sys.executable, __file__, *arguments, "--rows", name, "--first-calls", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     if done.returncode:
@@ -256,11 +257,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is made ready any more")
-    parser.add_argument("--cold", nargs="*", choices=list(ROWS), help="the rows whose cold time is taken: all that compile")
-    parser.add_argument("--together", action="store_true", help="the cold processes side by side: sooner, their times longer")
+    parser.add_argument("--cold", nargs="*", choices=list(ROWS), help="the rows whose first calls are timed: all that compile")
+    parser.add_argument("--together", action="store_true", help="processes of first calls side by side: sooner, their times longer")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--first-calls", type=Path, help=argparse.SUPPRESS)  # what the cold processes do
+    parser.add_argument("--first-calls", type=Path, help=argparse.SUPPRESS)  # what these processes do
     options = parser.parse_args()
     start = time.perf_counter()
     if not options.toy and not torch.cuda.is_available():
@@ -296,11 +297,13 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
         calls.pop(name, None)
         made.model.zero_grad(set_to_none=True)
 
-    def cold_of(name: str) -> None:
+    def apart_of(name: str) -> None:
+        """Cold and warm."""
         try:
-            results[name].cold_s = cold(name, caches[name], arguments, end - time.perf_counter())
+            results[name].cold_s = apart(name, caches[name], arguments, end - time.perf_counter())
+            results[name].warm_s = apart(name, caches[name], arguments, end - time.perf_counter())
         except Exception as error:  # noqa: BLE001 - the row may still run, and the others must
-            print(f"{name}: no cold time: {str(error)[-300:]}", flush=True)
+            print(f"{name}: no time of first calls: {str(error)[-300:]}", flush=True)
 
     caches = {name: folder / str(i) for i, name in enumerate(results)}
     compiled = [name for name in results if ROWS[name].compile is not None or ROWS[name].optimize]
@@ -308,17 +311,17 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
         compiled = [name for name in compiled if name in options.cold]
     if options.together:
         with ThreadPoolExecutor(len(compiled) or 1) as pool:
-            list(pool.map(cold_of, compiled))
+            list(pool.map(apart_of, compiled))
     for name, result in results.items():
         if time.perf_counter() > end:
             result.failed = "not begun: the time was over"
             continue
         if name in compiled and not options.together:
-            cold_of(name)
+            apart_of(name)
         use_cache(caches[name])
         try:
             with at_most(end - time.perf_counter()):
-                result.warm_s, result.loss, twin, calls[name] = made.first_calls(name)
+                _, result.loss, twin, calls[name] = made.first_calls(name)
             check(name, twin, calls[name], explained)
         except (Exception, OutOfTimeError) as error:  # noqa: BLE001 - a peer that cannot run is a row of the table
             fail(name, error)
