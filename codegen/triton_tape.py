@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 T = TypeVar("T")
 
-MOST_TAPES = 64  # of a region: the latest are kept
+MOST_TAPES = 256  # of a region: those that ran last are kept; a server's batches have many sizes
 aten = torch.ops.aten
 ROOM = {
     aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
@@ -72,6 +72,7 @@ class Tapes:
             return body()
         found = self.seen.get(key)
         if isinstance(found, Tape):
+            self.seen[key] = self.seen.pop(key, found)  # now the last one
             return found.replay(*inputs)  # type: ignore[no-any-return]
         if key not in self.seen:
             if len(self.seen) >= MOST_TAPES:

@@ -35,6 +35,32 @@ def test_tapes(what: str, golden: Callable[[str, str], None]) -> None:
         golden("tape", done.stdout)
 
 
+def test_the_sizes_that_ran_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from moefx.codegen import triton_tape
+
+    class Recorder:
+        def __init__(self, inputs: Any) -> None:
+            pass
+
+        def watch(self, body: Callable[[], Any]) -> Any:
+            return body()
+
+        def tape(self, result: Any) -> triton_tape.Tape:
+            return triton_tape.Tape("", lambda: "from the tape")
+
+    monkeypatch.setattr(triton_tape, "MOST_TAPES", 3)
+    monkeypatch.setattr(triton_tape, "_key", lambda flags, inputs: flags)
+    monkeypatch.setattr(triton_tape, "Recorder", Recorder)
+    tapes = triton_tape.Tapes()
+    run = partial(tapes.run, inputs=(), body=lambda: "run")
+    assert [run(("often",)) for _ in range(3)] == ["run", "run", "from the tape"]
+    for size in range(10):  # such as prompts, each of another length
+        assert run((size,)) == "run"
+        assert run(("often",)) == "from the tape"
+    assert list(tapes.seen) == [(8,), (9,), ("often",)]
+
+
 class Paper:
     """Two kernels, by what they compute at the addresses that they are given: y = x * scale, and a block of rows copied."""
 
