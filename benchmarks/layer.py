@@ -107,7 +107,7 @@ class Sonic(nn.Module):
     """SonicMoE's layer of this shape: a router of its own, softmax and top-k as in Hugging Face's block."""
 
     def __init__(self, shape: Shape, device: str) -> None:
-        from sonicmoe import MoE
+        from sonicmoe import KernelBackendMoE, MoE
         from sonicmoe.enums import ActivationType
 
         super().__init__()
@@ -116,11 +116,10 @@ class Sonic(nn.Module):
                 num_experts=shape.experts, num_experts_per_tok=shape.top_k, hidden_size=shape.d_model,
                 intermediate_size=shape.d_expert, activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02,
             ).to(torch.bfloat16)  # fmt: skip
+        self.kernels = KernelBackendMoE.sonicmoe
 
     def forward(self, x: Tensor) -> Tensor:
-        from sonicmoe import KernelBackendMoE
-
-        y: Tensor = self.moe(x.flatten(0, 1), kernel_backend_moe=KernelBackendMoE.sonicmoe)[0]
+        y: Tensor = self.moe(x.flatten(0, 1), kernel_backend_moe=self.kernels)[0]
         return y.view_as(x)
 
 

@@ -34,6 +34,7 @@ from moefx.codegen.triton_launch import (
 )
 from moefx.codegen.triton_tiles import MANY_ROWS, MOST_ROWS, Tile, pointer_tile, tiles_for
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefx.errors import InputError
 
@@ -178,10 +179,8 @@ def _launch_block_linear(
     inner_last = weight.stride(1) == 1
     done = False
     for tile in tiles_for(rows.device, "linear", cdiv(out.shape[0], experts), inner, columns):
-        if order is not None and (inner % tile.inner or rows.element_size() != 2):
-            return False
         block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
-        a = rows if order is not None else described(rows, (tile.rows, tile.inner))
+        a = left_operand(rows, order, tile)
         b = described(weight.transpose(1, 2) if inner_last else weight, block)
         o = described_rows(out, (tile.rows, tile.columns // 2))
         if a is None or b is None or o is None:
@@ -197,6 +196,14 @@ def _launch_block_linear(
                 num_warps=tile.warps,
             )  # fmt: skip
     return done
+
+
+def left_operand(rows: Tensor, order: Tensor | None, tile: Tile) -> Tensor | TensorDescriptor | None:
+    """What a block kernel takes for its rows: their descriptor, or the tokens [T, I] that it gathers by `order`, in whole steps
+    and without masks; None where that cannot be."""
+    if order is None:
+        return described(rows, (tile.rows, tile.inner))
+    return None if rows.shape[1] % tile.inner else rows
 
 
 def many_rows(rows: int, experts: int) -> bool:

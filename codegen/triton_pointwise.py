@@ -256,9 +256,7 @@ class Pointwise:
         apply = width >= 128 and triton_grouped.many_rows(outputs[0].shape[0], experts)
         if not apply or any((w.stride(1) == 1) != inner_last for w in weights):
             return False
-        if order is not None and (inner % tile.inner or rows.element_size() != 2):
-            return False
-        left = rows if order is not None else described(rows, (tile.rows, tile.inner))
+        left = triton_grouped.left_operand(rows, order, tile)
         args: list[Any] = []
         for form, weight, product in zip(self._sources.forms, weights, products):
             base, block = weight.transpose(1, 2) if inner_last else weight, [tile.columns]

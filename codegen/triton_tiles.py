@@ -136,8 +136,7 @@ def pointer_tile(
     if dtype.itemsize == 2:
         tile = _forced.get("pointer") or _choose(device, "pointer", _rounded(rows), inner, columns)
     elif precision == "tf32":
-        few = rows <= SOME_ROWS
-        tile = Tile(pointer_rows(rows), 128, 32, 4 if few else 8, 3)
+        tile = Tile(pointer_rows(rows), 128, 32, 4 if rows <= SOME_ROWS else 8, 3)
     else:
         tile = Tile(min(pointer_rows(rows), 64), 64, 32, 4, 2)
     if products > 1:

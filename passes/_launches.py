@@ -255,10 +255,10 @@ def experts_backward(chunk: Chunk, gradients: Gradients) -> None:
         args = (*chunk.reads(step), chunk.name("offsets"), gs)
         if step == weighted:
             outs.append(gw_of(region))
-            more: tuple[Any, ...] = chunk.names(("order", "w") if chunk.bias is None else ("order", "w", "gw_bias"))
-            if any(gradients.consumers[i] > 1 for i in step.inputs):  # which are not this segment's alone to write over
-                more = (*more, *(() if len(more) > 2 else (None,)), False)
-            chunk.launch("d_experts", f"{step.name}.weighted_vjp", outs, (*args, *more))
+            beside = None if chunk.bias is None else chunk.name("gw_bias")
+            alone = all(gradients.consumers[i] == 1 for i in step.inputs)  # nobody else reads what it may write over
+            more = (beside, False) if not alone else () if beside is None else (beside,)
+            chunk.launch("d_experts", f"{step.name}.weighted_vjp", outs, (*args, *chunk.names(("order", "w")), *more))
         else:
             chunk.launch("d_experts", f"{step.name}.vjp", outs, args)
         for leaf in step.leaves:
@@ -281,61 +281,6 @@ def values_of(launch: Launch) -> list[str]:
         return [arg] if isinstance(arg, str) else []
 
     return [re.match(r"\w+", e).group() for e in expressions(launch.args)]  # type: ignore[union-attr]
-
-
-# Launches that hold rows of the model's width while they run; see `moefx.passes._narrow`.
-WIDE_INSIDE = ("gather_wgrad", "wgrad_gather", "linear_combine")
-BEAM = 256
-
-
-def late(launches: list[Launch], region: Region, keep: set[str]) -> list[Launch]:
-    """The launches of one chunk on one lane in the order in which the least memory of rows is held at the worst moment, then
-    the least in all. Dependencies stay: values, and shares added to one gradient. keep: values that are read later.
-
-    From the end backwards, of each set of launches the best order; of many sets the best BEAM.
-    """
-    made = {out: n for n, x in enumerate(launches) for out in x.outs if out != "_"}
-    reads = [{v for v in values_of(x) if v in made} for x in launches]
-    outs = [{out for out in x.outs if out != "_"} for x in launches]
-    after: list[set[int]] = [set() for _ in launches]  # what must come later
-    sums: dict[str, int] = {}
-    for n, x in enumerate(launches):
-        for value in reads[n]:
-            if made[value] != n:
-                after[made[value]].add(n)
-        for leaf in (v for v in values_of(x) if v.startswith("dleaf")):
-            if leaf in sums:
-                after[sums[leaf]].add(n)
-            sums[leaf] = n
-
-    def features(values: set[str]) -> float:
-        """Of a row of each of the values; tokens count for the part of the rows that they are, and what is small for nothing."""
-        rows = [re.fullmatch(r"[vg](\d+)[a-z]?(_\d+)?", value) for value in values]
-        tokens = sum(bool(re.fullmatch(r"(y|routed|gx)(_\d+)?", value)) for value in values)
-        widths = sum(region.template.instrs[int(found.group(1))].width for found in rows if found)
-        return widths + tokens * region.d_model / region.top_k
-
-    def held(n: int, live: frozenset[str]) -> float:
-        """While launch n runs; live: what later ones read. A segment's gradient may lie where its inputs lay."""
-        read, made_here = features(reads[n]), features(outs[n])
-        own = max(read, made_here) if launches[n].op.endswith("vjp") else read + made_here
-        inside = region.d_model if launches[n].op in WIDE_INSIDE else 0
-        return features(set(live - reads[n] - outs[n])) + own + inside
-
-    # the launches placed so far -> (most held, sum of what was held, their negative numbers from the last one on, live)
-    State = tuple[float, float, tuple[int, ...], frozenset[str]]
-    states: dict[frozenset[int], State] = {frozenset(): (0.0, 0.0, (), frozenset(keep & made.keys()))}
-    for _ in launches:
-        grown: dict[frozenset[int], State] = {}
-        for placed, (most, total, order, live) in states.items():
-            for n in (n for n in range(len(launches)) if n not in placed and after[n] <= placed):
-                now = held(n, live)
-                state = (max(most, now), total + now, (*order, -n), (live - outs[n]) | reads[n])
-                if (known := grown.get(placed | {n})) is None or state[:3] < known[:3]:
-                    grown[placed | {n}] = state
-        states = dict(sorted(grown.items(), key=lambda item: item[1][:3])[:BEAM])
-    ((_, _, order, _),) = states.values()
-    return [launches[-n] for n in reversed(order)]
 
 
 def with_events(launches: list[Launch], graph: TaskGraph, schedule: Schedule) -> list[Launch]:

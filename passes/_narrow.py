@@ -1,4 +1,4 @@
-"""Launches of one chunk on one lane, without rows as wide as the model.
+"""Launches of one chunk on one lane that hold little memory: without rows as wide as the model, and in the order for it.
 
 The R = T K rows of width D are the largest values of a step where experts are narrow (F < D). Nobody but the next launch wants
 them, so that launch takes what they are made from:
@@ -15,11 +15,17 @@ and may make them some columns at a time.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from moefx.passes._launches import values_of
 
 from moefx.ir import Launch, Region
+
+# Launches that hold rows of the model's width while they run.
+WIDE_INSIDE = ("gather_wgrad", "wgrad_gather", "linear_combine")
+BEAM = 256
 
 
 def without_wide_rows(launches: list[Launch], region: Region, keep: set[str]) -> list[Launch]:
@@ -70,3 +76,58 @@ def _combined(launches: list[Launch], keep: set[str]) -> list[Launch]:
         both = replace(last, op="linear_combine", outs=last.outs[:1], args=(*linear.args, *args))
         return _combined([both if x is last else x for x in launches if x is not linear], keep)
     return launches
+
+
+def late(launches: list[Launch], region: Region, keep: set[str]) -> list[Launch]:
+    """The launches of one chunk on one lane in the order in which the least memory of rows is held at the worst moment, then
+    the least in all. Dependencies stay: values, and shares added to one gradient. keep: values that are read later.
+
+    From the end backwards, of each set of launches the best order; of many sets the best BEAM.
+    """
+    made = {out: n for n, x in enumerate(launches) for out in x.outs if out != "_"}
+    reads = [{v for v in values_of(x) if v in made} for x in launches]
+    outs = [{out for out in x.outs if out != "_"} for x in launches]
+    after: list[set[int]] = [set() for _ in launches]  # what must come later
+    sums: dict[str, int] = {}
+    for n, x in enumerate(launches):
+        for value in reads[n]:
+            if made[value] != n:
+                after[made[value]].add(n)
+        for leaf in (v for v in values_of(x) if v.startswith("dleaf")):
+            if leaf in sums:
+                after[sums[leaf]].add(n)
+            sums[leaf] = n
+
+    def features(value: str) -> int:
+        """Of one token, K rows where it has rows; what is small counts for nothing."""
+        if re.fullmatch(r"(y|routed|gx)(_\d+)?", value):
+            return region.d_model
+        rows = re.fullmatch(r"[vg](\d+)[a-z]?(_\d+)?", value)
+        return region.top_k * region.template.instrs[int(rows.group(1))].width if rows else 0
+
+    size = {value: features(value) for value in made}
+
+    def all_of(values: Iterable[str]) -> int:
+        return sum(size[value] for value in values)
+
+    def held(n: int, live: frozenset[str]) -> int:
+        """While launch n runs; live: what later ones read. A segment's gradient may lie where its inputs lay."""
+        read, made_here = all_of(reads[n]), all_of(outs[n])
+        own = max(read, made_here) if launches[n].op.endswith("vjp") else read + made_here
+        inside = region.top_k * region.d_model if launches[n].op in WIDE_INSIDE else 0
+        return all_of(live - reads[n] - outs[n]) + own + inside
+
+    # the launches placed so far -> (most held, sum of what was held, their negative numbers from the last one on, live)
+    State = tuple[int, int, tuple[int, ...], frozenset[str]]
+    states: dict[frozenset[int], State] = {frozenset(): (0, 0, (), frozenset(keep & made.keys()))}
+    for _ in launches:
+        grown: dict[frozenset[int], State] = {}
+        for placed, (most, total, order, live) in states.items():
+            for n in (n for n in range(len(launches)) if n not in placed and after[n] <= placed):
+                now = held(n, live)
+                state = (max(most, now), total + now, (*order, -n), (live - outs[n]) | reads[n])
+                if (known := grown.get(placed | {n})) is None or state[:3] < known[:3]:
+                    grown[placed | {n}] = state
+        states = dict(sorted(grown.items(), key=lambda item: item[1][:3])[:BEAM])
+    ((_, _, order, _),) = states.values()
+    return [launches[-n] for n in reversed(order)]

@@ -37,7 +37,6 @@ from moefx.passes._launches import (
     experts_forward,
     guarded,
     gw_of,
-    late,
     needs_h,
     result_of,
     saved_of_chunk,
@@ -47,7 +46,7 @@ from moefx.passes._launches import (
     with_frees,
     with_uses,
 )
-from moefx.passes._narrow import without_wide_rows
+from moefx.passes._narrow import late, without_wide_rows
 
 from moefx.ir import Launch, Plan, Region, Schedule, TaskGraph, issue_order
 from moefx.segments import Segment, steps, x_value

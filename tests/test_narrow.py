@@ -8,7 +8,8 @@ from itertools import permutations
 
 import pytest
 import regions
-from moefx.passes._launches import late, values_of
+from moefx.passes._launches import values_of
+from moefx.passes._narrow import late
 from moefx.passes.lower import lower
 from moefx.passes.partition import partition
 from moefx.passes.schedule import schedule
