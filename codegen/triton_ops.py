@@ -24,6 +24,7 @@ from moefx.codegen.triton_permute import combine, combine_backward, expert_rows,
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_route import regroup, route
 from moefx.codegen.triton_tape import Tapes
+from moefx.codegen.triton_topk import topk
 from moefx.codegen.triton_workspace import gather_wgrad, linear_combine
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def grouped_linear_act(
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
     for op in (
+        topk,
         route,
         regroup,
         gather_rows,

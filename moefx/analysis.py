@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moefx import probe, verify
+from moefx import probe, selection, verify
 from moefx.block import Variant, settings_of
 from moefx.build import compile_region
 from moefx.errors import Decline
@@ -245,7 +245,8 @@ def compare_on_device(
     large = [n for n, size in sizes.items() if size > LARGE_BYTES]
     rounds = [[n] for n in large] + [[n for n in sizes if n not in large]] if gradients else [[]]
     if gradients:
-        variant.precompile(module, args, kwargs, rounds)
+        with selection.paying():
+            variant.precompile(module, args, kwargs, rounds)
     worst = 0.0
     for wanted in rounds:
         try:
@@ -257,7 +258,8 @@ def compare_on_device(
             ) from error
         held = {n: None if g is None else _aside(g) for n, g in expected.gradients.items()}
         expected = verify.Outcome(expected.outputs, held)
-        actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
+        with selection.paying():
+            actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
         outputs = [v for v in expected.outputs if isinstance(v, Tensor)]
         low = precision([torch.zeros((), dtype=d) for d in (dtype, variant.lowest)] + outputs)
         worst = max(worst, *verify.compare(expected, actual, verify.ON_DEVICE[low], where, overflows=True).values())

@@ -19,6 +19,7 @@ from moefx import probe, search, verify
 from moefx.analysis import analyse, compare_on_device, runs, runs_on_some
 from moefx.block import (
     RewrittenForward,
+    SelectingForward,
     Variant,
     _original_forward,
     call_key,
@@ -31,6 +32,7 @@ from moefx.errors import Decline, InputError
 from moefx.options import Options
 from moefx.passes.beside import beside
 from moefx.report import DeclinedBlock, FoundBlock, Report, graphs_of
+from moefx.selection import prepare
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +309,7 @@ class _Search:
     def run(self, replace: bool, wide: bool) -> None:
         start = time.perf_counter()
         done: list[str] = []
+        choosers: dict[str, search.Choice | None] = {}
         for name in search.candidates(self.model, self.seen):
             if any(n == name or not name or n.startswith(name + ".") or name.startswith(n + ".") for n in done):
                 continue  # a smaller part of it was rewritten, or all around it
@@ -325,8 +328,18 @@ class _Search:
             self.report.found.append(_found(name, forward, variant, "" if first == name else first))
             if replace:
                 install(self.modules[name], forward)
+                choosers[name] = search.chooser(self.seen, name)
             log.info("found %s: %s", name, self.report.found[-1].routing)
+        self._install_choosers([choice for choice in choosers.values() if choice is not None])
         self.report.seconds = time.perf_counter() - start
+
+    def _install_choosers(self, choices: list[search.Choice]) -> None:
+        """The modules that choose the experts of rewritten blocks, but around which nothing is analysed any more."""
+        for choice in choices:
+            module = self.modules[choice.module]
+            if module.__dict__.get("forward") is None:
+                install(module, SelectingForward(module, self.options.kernels, choice.scores))
+                prepare(self.options.kernels, choice.device, choice.dtype, choice.scores, choice.ids.shape[-1])
 
     def attempt(self, name: str) -> tuple[str, RewrittenForward, Variant | Decline]:
         """The analysis of a candidate, and the name of the first one of its structure."""

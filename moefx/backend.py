@@ -28,14 +28,17 @@ from moefx import known, probe, region_op, search
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
 from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, Observed, observe
-from moefx.graph_nodes import autocasts, inline, line_of, name_of
+from moefx.graph_nodes import above, autocasts, inline, line_of, name_of
 from moefx.options import Options
+from moefx.passes.select import select
 from moefx.passes.splice import Change, Part, apply, part_of, value_of
 from moefx.report import GRAPHS, DeclinedBlock, FoundBlock, GraphReport
+from moefx.selection import TOPK
 
 log = logging.getLogger(__name__)
 find_log = logging.getLogger("moefx.passes.find")
 
+ROUTER_NODES = 64  # above a region's ids and weights, among which the router's choice is looked for
 MAX_PARTS = 64  # of different structure that are analysed in one graph
 INNER = "inductor"
 BROKEN = (
@@ -272,6 +275,9 @@ def _rewrite_parts(
         report.found.append(_reported(part, change, found))
         found.name = found.name or part.name  # of the first of its structure in this graph
         inline(gm, apply(change))
+        if options.kernels != "torch":
+            routing = [n for n in change.arguments[1:4] if n is not None]
+            select(above(routing, ROUTER_NODES), TOPK, lambda device: device.type == "cuda" or options.kernels == "triton")
         find_log.info("found %s: %s", part.name or "the graph", report.found[-1].routing)
     gm.graph.lint()
     gm.recompile()

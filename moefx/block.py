@@ -24,6 +24,7 @@ from moefx import region_op
 from moefx.errors import Decline
 from moefx.ir import Region
 from moefx.routing import Routing, region_inputs
+from moefx.selection import outside, selecting
 
 MAX_VARIANTS = 8  # ways of calling one block that are analysed
 PLAIN = (
@@ -74,9 +75,10 @@ class Variant:
             self._run(module, _Ready(self, module, rounds), args, kwargs)
 
     def _run(self, module: nn.Module, moe: Moe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        enabled = torch.is_grad_enabled()
+        enabled, tensors = torch.is_grad_enabled(), pytree.tree_leaves((args, kwargs))
         try:
-            outputs = self.forward(module, moe, *pytree.tree_leaves((args, kwargs)))
+            with selecting(self.compiled.kernels, tensors, self.region.d_model, self.region.experts):
+                outputs = self.forward(module, moe, *tensors)
         finally:
             torch.set_grad_enabled(enabled)
         return pytree.tree_unflatten(outputs, self.spec)
@@ -95,17 +97,21 @@ class Moe:
         if torch.compiler.is_compiling() or (compiled.handle is not None and region_op.counted()):
             y = region_op.routed(compiled.handle, tokens, slots, weights, params)
         else:
-            y = compiled(tokens, slots, weights, params)
+            with outside():
+                y = compiled(tokens, slots, weights, params)
         return y.reshape(*x.shape[:-1], self.variant.region.d_out)
 
     def begin(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Any:
         """With experts on several ranks: `routed`, of which `end` waits for the result."""
-        return x.shape[:-1], self.variant.compiled.begin(*self.inputs(x, ids, w, keep))
+        inputs = self.inputs(x, ids, w, keep)
+        with outside():
+            return x.shape[:-1], self.variant.compiled.begin(*inputs)
 
     def end(self, begun: Any) -> Tensor:
         """The routed output of a call that was begun."""
         lead, call = begun
-        y: Tensor = call.end()
+        with outside():
+            y: Tensor = call.end()
         return y.reshape(*lead, self.variant.region.d_out)
 
     def inputs(
@@ -200,28 +206,61 @@ class Parameters:
         return (*args, *missing), {**named, **rest}
 
 
-class RewrittenForward:
-    """Callable at `module.forward`. `analyse(module, args, kwargs)` makes missing variants or raises Decline."""
+class OwnForward:
+    """What moefx puts at `module.forward`. previous: what somebody else had put there."""
 
-    def __init__(
-        self, module: nn.Module, analyse: Callable[..., Variant], variants: dict[Any, Variant | Decline]
-    ) -> None:
-        self.module, self.analyse, self.variants = module, analyse, variants
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.previous = module.__dict__.get("forward") if foreign_forward(module) else None
-        self.watched: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
-        self.failed = False
-        self.signature = inspect.signature(type(module).forward)
-        self.parameters = Parameters.of(self.signature)
         self.__signature__ = inspect.signature(types.MethodType(type(module).forward, module))  # for those who ask
 
     def gather(self) -> None:
         """All parameters are on this rank: nothing to do."""
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's own forward."""
+        """The module's own forward."""
         if self.previous is not None:
             return self.previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = object.__new__(type(self))  # not copy.copy: that asks __reduce__
+        twin.__dict__.update(self.__dict__)
+        twin.module = copy.deepcopy(self.module, memo)
+        return twin
+
+    def __reduce__(self) -> Any:
+        return (_original_forward, (self.module,))
+
+
+class SelectingForward(OwnForward):
+    """The forward of a module that chooses experts for a rewritten block from `scores` each: as it was, but that the choice
+    is made by moefx's kernel where that pays; see `moefx.selection`."""
+
+    def __init__(self, module: nn.Module, kernels: str, scores: int) -> None:
+        super().__init__(module)
+        self.kernels, self.scores = kernels, scores
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with selecting(self.kernels, (*args, *kwargs.values()), None, self.scores):
+            return self.original(*args, **kwargs)
+
+
+class RewrittenForward(OwnForward):
+    """Callable at `module.forward`. `analyse(module, args, kwargs)` makes missing variants or raises Decline."""
+
+    def __init__(
+        self, module: nn.Module, analyse: Callable[..., Variant], variants: dict[Any, Variant | Decline]
+    ) -> None:
+        super().__init__(module)
+        self.analyse, self.variants = analyse, variants
+        self.watched: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
+        self.failed = False
+        self.signature = inspect.signature(type(module).forward)
+        self.parameters = Parameters.of(self.signature)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -312,15 +351,10 @@ class RewrittenForward:
                 return True
         return False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
-        twin = object.__new__(type(self))  # not copy.copy: that asks __reduce__
-        twin.__dict__.update(self.__dict__)
-        twin.module = copy.deepcopy(self.module, memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = super().__deepcopy__(memo)
         twin.variants, twin.watched = dict(self.variants), {}
         return twin
-
-    def __reduce__(self) -> Any:
-        return (_original_forward, (self.module,))
 
 
 def _original_forward(module: nn.Module) -> Any:
@@ -338,19 +372,18 @@ def foreign_forward(module: nn.Module) -> bool:
     """Whether somebody else put a forward on this instance."""
     own = module.__dict__.get("forward")
     return not (
-        own is None or isinstance(own, RewrittenForward) or getattr(own, "__func__", None) is type(module).forward
+        own is None or isinstance(own, OwnForward) or getattr(own, "__func__", None) is type(module).forward
     )
 
 
-def install(module: nn.Module, forward: RewrittenForward) -> None:
+def install(module: nn.Module, forward: OwnForward) -> None:
     module.__dict__["forward"] = forward
 
 
 def uninstall(module: nn.Module) -> bool:
-    """Gives a module its own forward back; False if it was not rewritten."""
-    forward = rewritten(module)
-    if forward is None:
-        own = module.__dict__.get("forward")
+    """Gives a module its own forward back; False if it had it."""
+    forward = own = module.__dict__.get("forward")
+    if not isinstance(forward, OwnForward):
         if getattr(own, "__func__", None) is type(module).forward:  # what a pickled rewriting turned into
             del module.__dict__["forward"]
         return False

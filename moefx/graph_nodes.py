@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,17 @@ from moefx.passes.splice import (
 
 def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "").split(".")[0]
+
+
+def above(nodes: Iterable[fx.Node], most: int) -> list[fx.Node]:
+    """The nodes and those that they are made from, nearest first, `most` of them."""
+    found = dict.fromkeys(nodes)
+    for node in (queue := list(found)):
+        for source in node.all_input_nodes:
+            if source not in found and len(found) < most:
+                found[source] = None
+                queue.append(source)
+    return queue
 
 
 def line_of(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ Sums are taken in fp32 at least. A token's NaN stays with the token: padding is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,24 @@ def _bounds(offsets: Tensor) -> list[tuple[int, int, int]]:
 
 
 # ------------------------------------------------------------------------------------------------ routing
+
+# Rows of up to MOST_SCORES scores, of which up to MOST_CHOICES are chosen, have a kernel.
+MOST_SCORES, MOST_CHOICES = 1024, 32
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of x [..., E] in descending order, and where they are [..., k] int64."""
+    values, ids = torch.topk(x, k)
+    return values, ids
+
+
+def topk_serves(x: Any, k: Any, dim: Any = -1, largest: Any = True) -> bool:
+    """Whether `topk` makes this call of torch.topk: the largest of few scores, along the last axis."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or largest is not True:
+        return False
+    scores = x.shape[-1]
+    known = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and isinstance(k, int) and isinstance(scores, int)
+    return known and dim in (-1, x.dim() - 1) and 0 < k <= min(scores, MOST_CHOICES) and scores <= MOST_SCORES
 
 
 def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,6 +319,7 @@ def identity_backward(gy: Tensor, x: Tensor, position: Tensor, w: Tensor) -> tup
 OPS: dict[str, Callable[..., object]] = {
     op.__name__: op
     for op in (
+        topk,
         route,
         regroup,
         gather_rows,

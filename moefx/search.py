@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from moefx.ops import topk_serves
 from moefx.probe import Example, bind
 
 # what routers do and hardly anything else; and what routers and much else do
@@ -28,6 +29,17 @@ WEAK = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A call of torch.topk that `moefx.ops.topk` makes too: by the innermost module that was running, from `scores` each."""
+
+    module: str
+    scores: int
+    dtype: torch.dtype
+    device: torch.device
+    ids: Tensor  # on the CPU
+
+
 @dataclass
 class Observation:
     """What one run of the model showed of its modules."""
@@ -35,6 +47,7 @@ class Observation:
     examples: dict[str, Example] = field(default_factory=dict)
     selects: set[str] = field(default_factory=set)  # made a strong selection
     compares: set[str] = field(default_factory=set)  # made a weak one
+    choices: list[Choice] = field(default_factory=list)
 
 
 class _Selections(TorchFunctionMode):
@@ -48,7 +61,18 @@ class _Selections(TorchFunctionMode):
             self.seen.selects.update(self.stack)
         elif name in WEAK:
             self.seen.compares.update(self.stack)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name == "topk" and self.stack and "out" not in (kwargs or {}):
+            self._note(result, *args, **(kwargs or {}))
+        return result
+
+    def _note(
+        self, result: Any, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    ) -> None:
+        with torch._C.DisableTorchFunction():
+            if topk_serves(input, k, dim, largest):
+                ids = result[1].detach().cpu()
+                self.seen.choices.append(Choice(self.stack[-1], input.shape[-1], input.dtype, input.device, ids))
 
 
 @contextlib.contextmanager
@@ -79,6 +103,16 @@ def observe(model: nn.Module, inside: bool = False) -> Iterator[Observation]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def chooser(seen: Observation, name: str) -> Choice | None:
+    """The choice that the module of this name was given, None where it was given none."""
+    leaves = pytree.tree_leaves((seen.examples[name].args, seen.examples[name].kwargs))
+    given = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point() and x.dim() >= 2]
+    for choice in seen.choices:
+        if any(x.numel() == choice.ids.numel() and torch.equal(x.reshape(-1), choice.ids.reshape(-1).to(x.dtype)) for x in given):
+            return choice
+    return None
 
 
 def plausible(module: nn.Module) -> bool:

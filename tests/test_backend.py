@@ -36,6 +36,7 @@ if __name__ == "__main__":  # from a checkout: tests/ is on the path, the folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moefx.passes import splice
+from moefx.passes.select import select
 
 import moefx.backend
 from moefx import graph_analysis, graph_nodes
@@ -408,6 +409,22 @@ def test_golden_graphs(kind: str, golden: Callable[[str, str], None], spy: Spy) 
     torch.compile(model, backend=recording, fullgraph=True, dynamic=True)(tokens(3, 11, dtype=KINDS[kind][1]))
     golden(f"backend_{kind}_before", before[0])
     golden(f"backend_{kind}_after", text_of(spy.graphs[0]))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_routers_choice_is_made_by_moefx_on_a_gpu(
+    kernels: str, device: str, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the graph is one of a CPU's, and only the pass is told so."""
+    told = lambda nodes, topk, on: select(nodes, topk, lambda _: on(torch.device(device)))  # noqa: E731
+    monkeypatch.setattr(moefx.backend, "select", told)
+    model, x = DenseBmm(), tokens(3, 11)
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, options={"inner": "spy", "kernels": kernels})
+    torch.testing.assert_close(compiled(x), model(x))
+    called = [str(node.target) for node in spy.graphs[0].nodes]
+    assert ("moefx.topk.default" in called) == (kernels == "auto" and device == "cuda")
+    assert sum("topk" in name for name in called) == 1
 
 
 def test_unused_experts_leave_nothing_behind(spy: Spy) -> None:

@@ -38,6 +38,7 @@ NOT_VOCABULARY = {
     "moefx.compiled",
     "moefx.exchange",
     "moefx.region_op",
+    "moefx.selection",
 } | ASSEMBLY
 
 
