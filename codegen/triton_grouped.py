@@ -1,7 +1,8 @@
 """Grouped products: the rows of each expert times the expert's own matrix, and the gradient of that matrix.
 
 All sizes that depend on the routing stay on the device: the grid covers the worst case (`tiles_with_rows`), and each program
-finds its expert from the offsets (`find_tile`). Products accumulate in fp32. Tiles come from `triton_tiles`.
+finds its expert from the offsets (`find_tile`). Products accumulate in fp32. Tiles come from `triton_tiles`; where one is
+`specialised`, `gluon_grouped` makes the product.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Hashable
 
 import triton
 import triton.language as tl
+from moefx.codegen import gluon_grouped
 from moefx.codegen.triton_launch import (
     cdiv,
     check_dtypes,
@@ -179,6 +181,9 @@ def _launch_block_linear(
     inner_last = weight.stride(1) == 1
     done = False
     for tile in tiles_for(rows.device, "linear", cdiv(out.shape[0], experts), inner, columns):
+        if tile.specialised and gluon_grouped.launch_linear(rows, order, top_k, weight, offsets, out, tile):
+            done = True
+            continue
         block = (1, tile.columns, tile.inner) if inner_last else (1, tile.inner, tile.columns)
         a = left_operand(rows, order, tile)
         b = described(weight.transpose(1, 2) if inner_last else weight, block)
@@ -335,6 +340,9 @@ def _launch_block_wgrad(rows: Tensor, grad: Tensor, offsets: Tensor, out: Tensor
         return _launch_block_wgrad(grad, rows, offsets, out.transpose(1, 2), add)
     done = False
     for tile in tiles_for(rows.device, "wgrad", cdiv(rows.shape[0], experts), inner, columns):
+        if tile.specialised and gluon_grouped.launch_wgrad(rows, grad, offsets, out, add, tile):
+            done = True
+            continue
         a, b = described_rows(rows, (tile.inner, tile.rows)), described_rows(grad, (tile.inner, tile.columns))
         o = described(out, (1, tile.rows, tile.columns // 2))
         if a is None or b is None or o is None:

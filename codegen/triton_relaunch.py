@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 _watch = threading.local()  # who is told of this thread's launches
 
@@ -68,8 +67,8 @@ def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: d
         elif isinstance(value, torch.Tensor):
             value = value.data_ptr()  # Triton's launcher takes addresses too, and asks nobody about them
             kinds.append((args[i].dtype, value & 15 == 0))
-        elif sort is TensorDescriptor:
-            kinds.append((value.base.dtype, tuple(value.block_shape), value.padding))
+        elif hasattr(value, "block_shape"):  # a descriptor; Gluon's has a layout
+            kinds.append((value.base.dtype, tuple(value.block_shape), value.padding, getattr(value, "layout", None)))
         else:
             kinds.append((sort, value))
         given.append(value)

@@ -54,9 +54,16 @@ class Address:
         return self.at
 
 
-def descriptor(at: int, shape: list[int], strides: list[int], block: list[int], padding: str) -> TensorDescriptor:
-    """A descriptor of memory that starts at an address."""
-    return triton_launch.descriptor(Address(at), shape, strides, block, padding)
+def descriptor(
+    at: int, shape: list[int], strides: list[int], block: list[int], padding: str, kind: Any = TensorDescriptor, layout: Any = None
+) -> Any:
+    """A descriptor of memory that starts at an address. kind: Gluon's class of descriptors, which have a layout."""
+    made = triton_launch.descriptor(Address(at), shape, strides, block, padding)
+    if layout is None:
+        return made
+    of_gluon = object.__new__(kind)
+    of_gluon.__dict__.update(made.__dict__, layout=layout)
+    return of_gluon
 
 
 class Tapes:
@@ -247,9 +254,10 @@ class Recorder(TorchDispatchMode):
         """An argument of a kernel."""
         if isinstance(value, Tensor):
             return self._pointer(value, uses)
-        if isinstance(value, TensorDescriptor):
+        if hasattr(value, "block_shape"):
             lists = ", ".join(map(self._constant, (list(value.shape), list(value.strides), list(value.block_shape))))
-            return f"descriptor({self._pointer(value.base, uses)}, {lists}, {value.padding!r})"
+            laid = ", ".join(map(self._constant, (type(value), value.layout))) if hasattr(value, "layout") else ""
+            return f"descriptor({self._pointer(value.base, uses)}, {lists}, {value.padding!r}{laid and ', ' + laid})"
         return repr(value) if isinstance(value, (bool, int, str)) or value is None else self._constant(value)
 
     def _pointer(self, t: Tensor, uses: list[str]) -> str:

@@ -6,7 +6,7 @@ power of two, chooses among kernels that `moefx.optimize` has made ready.
 
     tiles_for(device, kind, rows, inner, columns)   the tile; while kernels are only made ready all that any rows would take
     rule(kind, rows, inner, columns)                the default
-    candidates(kind, inner, columns)                what `moefx calibrate` compares
+    candidates(kind, rows, inner, columns)          what `moefx calibrate` compares
     Measured                                        what it found, a file a GPU
 """
 
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moefx.codegen.gluon_grouped import why_not
 from moefx.codegen.triton_launch import compiling
 
 from moefx.errors import InputError
 from moefx.profile import cache_folder, device_name, file_name
 
-VERSION = 2  # of the file: it holds the rule's tiles too, so a new rule makes old files wrong
+VERSION = 3  # of the file: it holds the rule's tiles too, so a new rule makes old files wrong
 # The kinds of products, and the kernels that make them.
 KINDS = {
     "linear": "rows times weights by the copy engine",
@@ -39,6 +40,8 @@ FEW_ROWS, SOME_ROWS, MANY_ROWS = 16, 32, 128  # of a pointer kernel's tile; see 
 LARGE = 1 << 22  # elements of an expert's matrix that no longer fit the L2 cache beside the rows: row tiles go in groups
 BLOCK_ROWS = 1024  # rows of an expert from which a gate and an up share larger groups
 NARROW_BELOW = 512  # rows of an expert: fewer make weights' gradients in small steps, where much of the time goes into writing
+SPECIALISED_FROM = 128  # rows of an expert from which weights' gradients are warp-specialised
+DEEP = 8192  # summands beyond which products of rows are not: there the end of a tile is a small part of it
 GATHERED_FROM = 2048  # columns of a segment that is in the epilogue of products of gathered rows
 NEAR = 2.0  # powers of two by which rows, inner and columns together may differ from what was measured
 MOST_ROWS = 24  # as a power of two
@@ -50,6 +53,7 @@ class Tile:
 
     group: row tiles that walk over the columns together. programs: of a multiprocessor, each of which makes many tiles; 0:
     there are as many programs as tiles. gathers: rows are gathered before the product, not on the way (kind "act").
+    specialised: some warps bring operands and `warps` others multiply (`gluon_grouped`; kinds "linear" and "wgrad").
     """
 
     rows: int
@@ -60,6 +64,7 @@ class Tile:
     group: int = 8
     programs: int = 0
     gathers: bool = False
+    specialised: bool = False
 
     def shared_bytes(self, itemsize: int, products: int = 1) -> int:
         """Shared memory of the operands' buffers for `products` products that share the left operand."""
@@ -70,11 +75,18 @@ _LINEAR = Tile(128, 256, 64, 8, 4, group=1, programs=1)
 _ACT = Tile(128, 128, 64, 8, 4, group=4, programs=1)
 _WGRAD = Tile(128, 256, 64, 8, 3, group=8, programs=1)
 _NARROW_WGRAD = Tile(128, 128, 32, 4, 6, group=16)  # two of a multiprocessor: one writes while the other multiplies
+_SPECIALISED = Tile(128, 256, 64, 8, 4, programs=1, specialised=True)
+# Row tiles that walk over the columns together, in specialised products of each kind that has such tiles.
+_TOGETHER = {"linear": 4, "wgrad": 16}
 
 
-def rule(kind: str, rows: int, inner: int, columns: int) -> Tile:
+def rule(kind: str, rows: int, inner: int, columns: int, specialised: bool = True) -> Tile:
     """The default of 16-bit operands. rows: of an expert, at the mean; inner: summands; columns: of the result (of "act": the
-    activation's). The operands of "wgrad" have `rows` rows each, its result is inner x columns."""
+    activation's). The operands of "wgrad" have `rows` rows each, its result is inner x columns. specialised: there are
+    warp-specialised kernels here (`why_not`)."""
+    if specialised and columns >= 256:
+        if kind == "linear" and inner <= DEEP or kind == "wgrad" and rows >= SPECIALISED_FROM:
+            return replace(_SPECIALISED, group=_TOGETHER[kind])
     if kind == "linear":
         return replace(_LINEAR, columns=256 if columns >= 256 else 128, group=1 if inner * columns <= LARGE else 4)
     if kind == "act":
@@ -92,21 +104,23 @@ def pointer_rows(rows: int) -> int:
     return FEW_ROWS if rows <= FEW_ROWS // 2 else SOME_ROWS if rows <= SOME_ROWS else MANY_ROWS
 
 
-def candidates(kind: str, rows: int, inner: int, columns: int) -> list[Tile]:
-    """Tiles that are worth a comparison, the rule's first."""
-    first = rule(kind, rows, inner, columns)
+def candidates(kind: str, rows: int, inner: int, columns: int, specialised: bool = True) -> list[Tile]:
+    """Tiles that are worth a comparison, the rule's first. specialised: as `rule`'s."""
+    first, plain = (rule(kind, rows, inner, columns, warps) for warps in (specialised, False))
     if kind == "linear":
-        others = [replace(first, group=group) for group in (1, 4, 16, 32)]
+        others = [plain, *(replace(plain, group=group) for group in (1, 4, 16, 32))]
         others.append(Tile(128, 128, 64, 8, 3, group=1, programs=2))
     elif kind == "act":
         others = [replace(first, group=group, gathers=gathers) for gathers in (False, True) for group in (1, 4, 8)]
     elif kind == "wgrad":
-        others = [_NARROW_WGRAD]
+        others = [plain, _NARROW_WGRAD]
         others += [replace(_WGRAD, group=group) for group in (8, 32, 64)] if columns >= 256 else []
     elif rows <= SOME_ROWS:
         others = [Tile(first.rows, *rest) for rest in ((64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 4, 3), (128, 64, 4, 4))]
     else:
         others = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 32, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 256, 32, 4, 4)]
+    if specialised and kind in _TOGETHER and columns >= 256:
+        others.append(replace(_SPECIALISED, group=_TOGETHER[kind]))
     return list(dict.fromkeys([first, *others]))
 
 
@@ -155,7 +169,10 @@ def _rounded(rows: int) -> int:
 @cache
 def _choose(device: torch.device, kind: str, rows: int, inner: int, columns: int) -> Tile:
     measured = measured_on(device) if device.type == "cuda" else None
-    return (measured and measured.nearest(kind, rows, inner, columns)) or rule(kind, rows, inner, columns)
+    tile = measured and measured.nearest(kind, rows, inner, columns)
+    if not tile or tile.specialised and why_not(device):  # a file may come from another release of Triton
+        tile = rule(kind, rows, inner, columns, specialised=kind in _TOGETHER and not why_not(device))
+    return tile
 
 
 # ------------------------------------------------------------------------------------------------ what was measured
@@ -224,6 +241,7 @@ class Measured:
             t = c.tile
             name = f"{t.rows}x{t.columns}x{t.inner}, {t.warps} warps, {t.stages} stages, groups of {t.group}"
             name += (f", {t.programs} a multiprocessor" if t.programs else "") + (", gathers first" if t.gathers else "")
+            name += ", warp-specialised" if t.specialised else ""
             rows.append((c.kind, str(c.rows), str(c.inner), str(c.columns), name, f"{c.gain:.2f}x"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]

@@ -48,14 +48,16 @@ def calibrate_tiles(
     if not torch.cuda.is_available():
         raise InputError("tiles are measured on a GPU, and there is none")
     from moefx.codegen import triton_tiles as tiles
+    from moefx.codegen.gluon_grouped import why_not
     from moefx.codegen.triton_launch import has_copy_engine, only_compiling
 
     choices: list[Any] = []
+    specialised = not why_not(torch.device("cuda"))
     sizes = [(d, f, n) for d, f in layers for n in (*few, *rows)]
     ready: set[Any] = set()
     for d, f, n in progress(sizes, "measuring tiles", "product"):
         for problem in problems(d, f, n, experts, pointers=n in few or not has_copy_engine(torch.device("cuda"))):
-            compared = tiles.candidates(problem.kind, problem.rows, problem.inner, problem.columns)
+            compared = tiles.candidates(problem.kind, problem.rows, problem.inner, problem.columns, specialised)
             key = (problem.kind, tiles.pointer_rows(problem.rows), d, f)  # kernels are specialised on these
             if key not in ready:
                 ready.add(key)
