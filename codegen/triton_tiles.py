@@ -40,8 +40,8 @@ FEW_ROWS, SOME_ROWS, MANY_ROWS = 16, 32, 128  # of a pointer kernel's tile; see 
 LARGE = 1 << 22  # elements of an expert's matrix that no longer fit the L2 cache beside the rows: row tiles go in groups
 BLOCK_ROWS = 1024  # rows of an expert from which a gate and an up share larger groups
 NARROW_BELOW = 512  # rows of an expert: fewer make weights' gradients in small steps, where much of the time goes into writing
-SPECIALISED_FROM = 128  # rows of an expert from which weights' gradients are warp-specialised
-DEEP = 8192  # summands beyond which products of rows are not: there the end of a tile is a small part of it
+SPECIALISED_FROM = 256  # rows of an expert from which products of rows are warp-specialised
+DEEP = 8192  # summands beyond which they are not: there the end of a tile is a small part of it
 GATHERED_FROM = 2048  # columns of a segment that is in the epilogue of products of gathered rows
 NEAR = 2.0  # powers of two by which rows, inner and columns together may differ from what was measured
 MOST_ROWS = 24  # as a power of two
@@ -85,7 +85,7 @@ def rule(kind: str, rows: int, inner: int, columns: int, specialised: bool = Tru
     activation's). The operands of "wgrad" have `rows` rows each, its result is inner x columns. specialised: there are
     warp-specialised kernels here (`why_not`)."""
     if specialised and columns >= 256:
-        if kind == "linear" and inner <= DEEP or kind == "wgrad" and rows >= SPECIALISED_FROM:
+        if kind == "linear" and rows >= SPECIALISED_FROM and inner <= DEEP or kind == "wgrad":
             return replace(_SPECIALISED, group=_TOGETHER[kind])
     if kind == "linear":
         return replace(_LINEAR, columns=256 if columns >= 256 else 128, group=1 if inner * columns <= LARGE else 4)

@@ -92,15 +92,16 @@ def test_the_reason_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 
 def test_the_rule_and_its_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights' gradients of many rows, and rows times weights but for the longest sums."""
+    """Weights' gradients, and many rows times weights but for the longest sums."""
     cases = {
-        ("linear", 16, 768, 2048): 4,
+        ("linear", 256, 768, 2048): 4,
+        ("linear", 255, 768, 2048): None,  # few rows
         ("linear", 4096, 2048, 1536): 4,
         ("linear", 4096, 4096, 14336): 4,
         ("linear", 4096, 14336, 4096): None,
         ("linear", 4096, 2048, 192): None,  # narrower than a tile
-        ("wgrad", 128, 4096, 14336): 16,
-        ("wgrad", 127, 4096, 14336): None,
+        ("wgrad", 4096, 4096, 14336): 16,
+        ("wgrad", 1, 4096, 14336): 16,
         ("wgrad", 512, 2048, 192): None,
         ("act", 4096, 2048, 768): None,
         ("pointer", 4096, 2048, 768): None,
@@ -241,7 +242,8 @@ def check_launched() -> None:
     (tape,) = tapes.seen.values()
     assert hasattr(tape, "replay"), tape
     assert [launch[0] for launch in runs[0]] == ["linear_kernel", "linear_kernel", "wgrad_kernel", "wgrad_kernel"]
-    assert runs[0] == runs[1] == runs[2] == runs[3]
+    for run in runs[1:]:
+        assert run == runs[0], (run, runs[0])
     assert "descriptor(" in tape.source and "layout" not in tape.source, "a layout is a constant of the tape"
 
     # Two layouts of one block are two kernels.
