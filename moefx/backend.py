@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensor
 from moefx import known, probe, region_op, search
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
-from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, Observed, observe
+from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, Observed, caller_autocast, observe
 from moefx.graph_nodes import above, autocasts, inline, line_of, name_of
 from moefx.options import Options
 from moefx.passes.select import select
@@ -182,9 +182,12 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
     bound: Bound = []
     try:
         if parts or called:
-            seen = observe(gm, inputs, parts, {n for _, operands in called for n in operands})
+            seen = None
+            if called or not _all_known(parts, params, options):
+                seen = observe(gm, inputs, parts, {n for _, operands in called for n in operands})
             bound = _rewrite_parts(gm, parts, params, seen, options, report)
             for inner, operands in called:
+                assert seen is not None
                 bound += _rewrite(inner, [params.get(n, seen.values.get(n)) for n in operands], options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
@@ -241,22 +244,24 @@ def _rewrite_parts(
     gm: fx.GraphModule,
     parts: list[Part],
     params: dict[fx.Node, nn.Parameter],
-    seen: Observed,
+    seen: Observed | None,
     options: Options,
     report: GraphReport,
 ) -> Bound:
+    """seen: None where every part was found before."""
     bound: Bound = []
     analysed: dict[Any, Found | Decline] = {}
     taken: set[fx.Node] = set()
     for part in parts:
         if taken.intersection(part.nodes):
             continue
-        key = _key(part, params, seen, options)
+        key = _key(part, params, options)
         if key not in analysed and (before := _known(key, part)):
             analysed[key] = before
         if key not in analysed:
             if len(analysed) == MAX_PARTS:
                 raise Decline(f"more than {MAX_PARTS} different candidates in one graph")
+            assert seen is not None
             analysed[key] = _analyse(gm, part, params, seen, options)
             if isinstance(reason := analysed[key], Decline):
                 report.declined.append(DeclinedBlock(part.name, reason.reason, reason.nearest, reason.location))
@@ -282,6 +287,17 @@ def _rewrite_parts(
     gm.graph.lint()
     gm.recompile()
     return bound
+
+
+def _all_known(parts: list[Part], params: dict[fx.Node, nn.Parameter], options: Options) -> bool:
+    """Whether each part that would be analysed was found before: then the graph need not run on its example inputs."""
+    taken: set[fx.Node] = set()
+    for part in parts:
+        if not taken.intersection(part.nodes):
+            if not _known(_key(part, params, options), part):
+                return False
+            taken.update(part.nodes)
+    return True
 
 
 def _known(key: Any, part: Part) -> Found | None:
@@ -332,11 +348,10 @@ def _specialise(part: Part) -> None:
             float(value)
 
 
-def _key(part: Part, params: dict[fx.Node, nn.Parameter], seen: Observed, options: Options) -> Any:
+def _key(part: Part, params: dict[fx.Node, nn.Parameter], options: Options) -> Any:
     """Equal for parts that one verified change suits."""
-    tensors = [*(params[n] for n in part.params), *(seen.values[n] for n in part.inputs)]
-    kinds = tuple((t.device, t.requires_grad) for t in tensors)
-    return (part.structure(), kinds, seen.autocast, tuple(map(repr, autocasts(part.nodes[0]).values())), repr(options))
+    kinds = (*((params[n].device, params[n].requires_grad) for n in part.params), *(value_of(n).device for n in part.inputs))
+    return (part.structure(), kinds, caller_autocast(), tuple(map(repr, autocasts(part.nodes[0]).values())), repr(options))
 
 
 def _reported(part: Part, change: Change, found: Found) -> FoundBlock:

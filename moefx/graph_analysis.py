@@ -75,14 +75,18 @@ def observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part], also: 
     wanted = also.union(*((*part.inputs, *part.others, *part.sizes) for part in parts))
     copies = [x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else _hint(x) for x in inputs]
     devices = list({x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"})
-    autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     observer = _Observer(gm, wanted)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices), transforms_left():
             observer.run(*copies)
     except Exception as error:
         raise Decline(f"the graph does not run on its example inputs: {type(error).__name__}: {error}") from error
-    return Observed(observer.seen, autocast)
+    return Observed(observer.seen, caller_autocast())
+
+
+def caller_autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    """(device, dtype) of the autocast that is on."""
+    return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
 
 
 def _hint(x: Any) -> Any:

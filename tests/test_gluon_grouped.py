@@ -203,6 +203,9 @@ def check_compiled() -> None:
         assert ready.metadata.shared <= 232448 and ".local" not in text
 
 
+FAR = 1 << 20  # addresses are beyond, and numbers that are no sizes of descriptors are not
+
+
 def check_launched() -> None:
     """What Triton launches first, what is launched directly then, and what a tape launches is the same."""
     given: list[Any] = []
@@ -214,7 +217,7 @@ def check_launched() -> None:
         if hasattr(value, "block_shape"):
             lists = (list(value.shape), list(value.strides), list(value.block_shape))
             return type(value), seen(value.base), *lists, value.layout, value.padding
-        at = value.data_ptr() if hasattr(value, "data_ptr") else value if type(value) is int and value > 1 << 32 else None
+        at = value.data_ptr() if hasattr(value, "data_ptr") else value if type(value) is int and value > FAR else None
         return value if at is None else places.get(at, "new")
 
     on_paper(launched)

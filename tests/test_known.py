@@ -49,6 +49,25 @@ def right(model: nn.Module) -> None:
         tests.assert_same(tests.outcome(call, model, x), tests.outcome(reference, reference, x), torch.float32)
 
 
+def test_a_graph_of_known_parts_does_not_run_while_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def observe(*args: Any) -> Any:
+        runs.append(len(args[2]))
+        return graph_analysis.observe(*args)
+
+    monkeypatch.setattr(backend, "observe", observe)
+    torch.manual_seed(0)
+    right(tests.DenseBmm())
+    first = len(runs)
+    assert first
+    forget()
+    right(tests.DenseBmm())
+    assert len(runs) == first, "what is known needs no values"
+    right(tests.Einsum())
+    assert len(runs) > first
+
+
 @pytest.fixture
 def no_analysis(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts that were analysed all the same; they are declined."""

@@ -150,6 +150,7 @@ def test_serves_needs_sizes_that_are_known() -> None:
     assert not topk_serves(torch.empty(2, 64), "8")
 
 
+@needs_triton
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_dynamo_follows_the_mode(dynamic: bool) -> None:
     graphs: list[fx.GraphModule] = []
