@@ -11,6 +11,7 @@ from triton_here import DEVICE, needs_triton  # first: it chooses Triton's inter
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -201,6 +202,19 @@ def check_compiled() -> None:
         text = ready.asm["ptx"]
         assert all(what in text for what in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor", "mbarrier"))
         assert ready.metadata.shared <= 232448 and ".local" not in text
+        given_back(text)
+
+
+def given_back(ptx: str) -> None:
+    """One thread of a consumer gives a stage back: only behind a barrier of all four warps, whose products may still run."""
+    before, found = "", 0
+    for line in ptx.splitlines():
+        if match := re.search(r"\b(mbarrier\.arrive\.shared|bar\.sync|wgmma\.|mbarrier\.try_wait|ld\.shared)", line):
+            if match[0] == "mbarrier.arrive.shared":
+                assert before == "bar.sync", line
+                found += 1
+            before = match[0]
+    assert found >= 4, "two consumers, in a tile's loop and behind it"
 
 
 FAR = 1 << 20  # addresses are beyond, and numbers that are no sizes of descriptors are not
