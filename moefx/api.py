@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import logging
 import time
@@ -309,7 +310,7 @@ class _Search:
     def run(self, replace: bool, wide: bool) -> None:
         start = time.perf_counter()
         done: list[str] = []
-        choosers: dict[str, search.Choice | None] = {}
+        choices: dict[int, search.Choice] = {}
         for name in search.candidates(self.model, self.seen):
             if any(n == name or not name or n.startswith(name + ".") or name.startswith(n + ".") for n in done):
                 continue  # a smaller part of it was rewritten, or all around it
@@ -328,18 +329,21 @@ class _Search:
             self.report.found.append(_found(name, forward, variant, "" if first == name else first))
             if replace:
                 install(self.modules[name], forward)
-                choosers[name] = search.chooser(self.seen, name)
+                if self.options.kernels != "torch" and (choice := search.chooser(self.seen, name)):
+                    choices[len(self.report.found) - 1] = choice
             log.info("found %s: %s", name, self.report.found[-1].routing)
-        self._install_choosers([choice for choice in choosers.values() if choice is not None])
+        self._install_choosers(choices)
         self.report.seconds = time.perf_counter() - start
 
-    def _install_choosers(self, choices: list[search.Choice]) -> None:
-        """The modules that choose the experts of rewritten blocks, but around which nothing is analysed any more."""
-        for choice in choices:
-            module = self.modules[choice.module]
+    def _install_choosers(self, choices: dict[int, search.Choice]) -> None:
+        """Modules that choose the experts of blocks, which come by their place in the report; nothing is analysed any more."""
+        for place, choice in choices.items():
+            module, found = self.modules[choice.module], self.report.found[place]
             if module.__dict__.get("forward") is None:
                 install(module, SelectingForward(module, self.options.kernels, choice.scores))
                 prepare(self.options.kernels, choice.device, choice.dtype, choice.scores, choice.ids.shape[-1])
+                note = f"torch.topk of {choice.module} runs as moefx::topk on a GPU, where that pays"
+                self.report.found[place] = dataclasses.replace(found, notes=(*found.notes, note))
 
     def attempt(self, name: str) -> tuple[str, RewrittenForward, Variant | Decline]:
         """The analysis of a candidate, and the name of the first one of its structure."""

@@ -48,6 +48,7 @@ class Observation:
     selects: set[str] = field(default_factory=set)  # made a strong selection
     compares: set[str] = field(default_factory=set)  # made a weak one
     choices: list[Choice] = field(default_factory=list)
+    before: dict[str, int] = field(default_factory=dict)  # how many choices there were when the example was taken
 
 
 class _Selections(TorchFunctionMode):
@@ -88,6 +89,7 @@ def observe(model: nn.Module, inside: bool = False) -> Iterator[Observation]:
             with torch._C.DisableTorchFunction():
                 with contextlib.suppress(Exception):  # an argument that cannot be copied: no candidate
                     seen.examples[name] = Example.of(*bind(module, args, kwargs))
+                    seen.before[name] = len(seen.choices)
 
     plausible_names = {n for n, m in model.named_modules() if plausible(m)}
     for name, module in model.named_modules():
@@ -106,13 +108,11 @@ def observe(model: nn.Module, inside: bool = False) -> Iterator[Observation]:
 
 
 def chooser(seen: Observation, name: str) -> Choice | None:
-    """The choice that the module of this name was given, None where it was given none."""
+    """The choice that the module of this name was given, the last one of those that are equal; None where it was given none."""
     leaves = pytree.tree_leaves((seen.examples[name].args, seen.examples[name].kwargs))
-    given = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point() and x.dim() >= 2]
-    for choice in seen.choices:
-        if any(x.numel() == choice.ids.numel() and torch.equal(x.reshape(-1), choice.ids.reshape(-1).to(x.dtype)) for x in given):
-            return choice
-    return None
+    given = [x.reshape(-1).long() for x in leaves if isinstance(x, Tensor) and not x.is_floating_point() and x.dim() >= 2]
+    earlier = reversed(seen.choices[: seen.before.get(name, 0)])
+    return next((c for c in earlier if any(torch.equal(ids, c.ids.reshape(-1)) for ids in given)), None)
 
 
 def plausible(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from moefx import ops, selection
 from moefx.block import SelectingForward, rewritten
 from moefx.errors import InputError
 from moefx.ops import topk_serves
+from moefx.options import Options
 from moefx.selection import TOPK, Selecting, paying
 
 INF, NAN = float("inf"), float("nan")
@@ -236,6 +237,23 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Apart:
     assert [name for name, m in model.named_modules() if isinstance(m.__dict__.get("forward"), SelectingForward)] == ["router"]
     monkeypatch.setattr(model.router.forward, "kernels", "triton")
     return model
+
+
+def test_each_block_has_the_router_that_chose_for_it() -> None:
+    """One token, for which all layers choose the same experts."""
+    model = nn.Sequential(*(Apart() for _ in range(3)))
+    for layer in model:
+        nn.init.zeros_(layer.router.weight)
+    moefx.optimize(model, (torch.randn(1, 16),))
+    selecting = [name for name, m in model.named_modules() if isinstance(m.__dict__.get("forward"), SelectingForward)]
+    assert selecting == ["0.router", "1.router", "2.router"]
+    assert "torch.topk of 2.router runs as moefx::topk on a GPU" in str(moefx.explain(model))
+
+
+def test_torch_kernels_leave_the_router_alone() -> None:
+    model = Apart()
+    moefx.optimize(model, (torch.randn(9, 16),), Options(kernels="torch"))
+    assert rewritten(model.experts) and "forward" not in vars(model.router)
 
 
 def test_router_outside_of_the_block_selects_where_it_pays(apart: Apart, chosen: list[int]) -> None:

@@ -134,7 +134,7 @@ def beside(region: Any, reserve: int) -> Iterator[None]:
     if not reserve or max(region.degrees) == 1:
         yield
         return
-    users = [importlib.import_module(f"moefx.codegen.{name}") for name in ("triton_grouped", "triton_pointwise")]
+    users = [importlib.import_module(f"moefx.codegen.{name}") for name in ("triton_grouped", "triton_pointwise", "gluon_grouped")]
     all_of_them = users[0].multiprocessors
     try:
         for module in users:
