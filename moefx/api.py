@@ -340,8 +340,12 @@ class _Search:
         for place, choice in choices.items():
             module, found = self.modules[choice.module], self.report.found[place]
             if module.__dict__.get("forward") is None:
+                try:
+                    prepare(self.options.kernels, choice.device, choice.dtype, choice.scores, choice.ids.shape[-1])
+                except Exception as error:  # noqa: BLE001 - whatever the compiler of kernels says
+                    log.warning("%s keeps torch.topk: %s: %s", choice.module, type(error).__name__, error)
+                    continue
                 install(module, SelectingForward(module, self.options.kernels, choice.scores))
-                prepare(self.options.kernels, choice.device, choice.dtype, choice.scores, choice.ids.shape[-1])
                 note = f"torch.topk of {choice.module} runs as moefx::topk on a GPU, where that pays"
                 self.report.found[place] = dataclasses.replace(found, notes=(*found.notes, note))
 

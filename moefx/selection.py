@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from moefx.ops import topk_serves
 from moefx.runtime import ops_for
 
+PLAIN = (Tensor, nn.Parameter)  # what lies in one place: no DTensor, nothing fake
 # Scores in a call from which on the mode pays for itself: on a slow host it costs 0.2 ms a router.
 WORTH = 1 << 21
 
@@ -46,10 +48,10 @@ def selecting(
     kernels: as in `moefx.optimize`. values: the arguments of the module; the first of floats is the tokens', of `width`
     features each (None: its last axis).
     """
-    tokens = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    tokens = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
     if tokens is None or kernels == "torch" or not (tokens.is_cuda or kernels == "triton"):
         return contextlib.nullcontext()
-    if not torch.compiler.is_compiling() and tokens.numel() // (width or tokens.shape[-1]) * scores < _worth[0]:
+    if not torch.compiler.is_compiling() and tokens.numel() // (width or tokens.shape[-1] or 1) * scores < _worth[0]:
         if not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
             return contextlib.nullcontext()
     return Selecting(kernels)
@@ -94,10 +96,13 @@ class Selecting(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _topk(self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-        if not topk_serves(input, k, dim, largest) or not (input.is_cuda or self.kernels == "triton"):
+        served = topk_serves(input, k, dim, largest) and (input.is_cuda or self.kernels == "triton")
+        if not served or type(input) not in PLAIN:
             return torch.topk(input, k, dim, largest, sorted)
         if torch.compiler.is_compiling():
             return Selected(*torch.ops.moefx.topk(input, k))
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return torch.topk(input, k, dim, largest, sorted)
         if torch.is_grad_enabled() and input.requires_grad:
             return Selected(*_Select.apply(input, k, self.kernels))
         return Selected(*ops_for(input.device.type, self.kernels)["topk"](input, k))

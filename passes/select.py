@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
 from moefx.ops import topk_serves
 
@@ -29,7 +30,7 @@ def select(nodes: Iterable[fx.Node], topk: Any, on: Callable[[torch.device], boo
             continue
         scores, k, *rest = given
         value = scores.meta.get("example_value", scores.meta.get("val"))
-        if isinstance(value, Tensor) and topk_serves(value, k, *rest) and on(value.device):
+        if type(value) in (Tensor, FakeTensor) and topk_serves(value, k, *rest) and on(value.device):
             with node.graph.inserting_before(node):
                 new = node.graph.call_function(topk, (scores, k))
             new.meta.update(node.meta)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from moefx.codegen.triton_ops import OPS
 from moefx.models.mixtral import MixtralMoE
 from moefx.passes.select import select
@@ -126,6 +127,34 @@ def test_mode_takes_calls_that_the_operator_serves(chosen: list[int]) -> None:
     assert torch.equal(again.indices, x.topk(2).indices)
     values.sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x).scatter(-1, ids, 1.0))  # type: ignore[arg-type]
+
+
+class Wrapped(Tensor):
+    """A tensor whose numbers lie elsewhere, as those of a DTensor."""
+
+
+def test_mode_leaves_what_is_no_plain_tensor_to_torch(chosen: list[int]) -> None:
+    x = scores(5, 9)
+    with Selecting("triton"):
+        torch.topk(x.as_subclass(Wrapped), 2)
+        torch.func.vmap(lambda row: torch.topk(row, 2)[0])(x)
+        gradient = torch.func.grad(lambda t: torch.topk(t, 2)[0].sum())(x)
+        with fwAD.dual_level():
+            tangent = fwAD.unpack_dual(torch.topk(fwAD.make_dual(x, torch.ones_like(x)), 2)[0]).tangent
+    assert not chosen
+    assert gradient.sum() == 10
+    assert torch.equal(tangent, torch.ones(5, 2, device=x.device))
+
+
+def test_router_whose_kernel_cannot_be_made_keeps_torchs(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("moefx.api.prepare", fail)
+    model = Apart()
+    moefx.optimize(model, (torch.randn(9, 16),))
+    assert rewritten(model.experts) and "forward" not in vars(model.router)
+    assert "router keeps torch.topk: RuntimeError: no compiler" in caplog.text
 
 
 def test_mode_leaves_other_calls_to_torch(chosen: list[int]) -> None:
