@@ -273,4 +273,4 @@ def test_identity_does_not_touch_tokens_without_identity_slots():
 
 def test_table_holds_every_op():
     assert all(getattr(ops, name) is op for name, op in OPS.items())
-    assert len(OPS) == 19
+    assert len(OPS) == 20

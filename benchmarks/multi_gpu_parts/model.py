@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import moefx
-from moefx.block import Variant
+from moefx.block import Variant, rewritten
 from moefx.parallel import expert_parameters
 from moefx.parallel_region import ParallelRegion
 from multi_gpu_parts.layers import profile_of
@@ -166,7 +166,7 @@ def model(bench: Bench) -> None:
                 if len(report.found) != len(made.model.layers):
                     raise RuntimeError(f"blocks were not found: {report}")
                 experts = {id(p) for _, p in expert_parameters(made)}
-                regions = [m.forward for m in made.modules() if "forward" in m.__dict__]
+                regions = [forward for m in made.modules() if (forward := rewritten(m))]
                 compiled = [v.compiled for f in regions for v in f.variants.values() if isinstance(v, Variant)]
                 assert all(isinstance(c, ParallelRegion) for c in compiled)
                 chosen = "/".join(map(str, compiled[0].degrees))
