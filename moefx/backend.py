@@ -162,6 +162,7 @@ def _repeats(part: Part, smaller: list[Part]) -> bool:
 
 
 Bound = list[tuple[CompiledRegion, dict[str, Tensor]]]  # regions with their parameters
+Called = list[tuple[fx.GraphModule, list[fx.Node]]]  # graphs that a node runs, with the nodes whose values they are given
 
 
 def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport) -> Bound:
@@ -169,31 +170,41 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
     if any(isinstance(x, FakeTensor) for x in inputs):
         report.declined.append(DeclinedBlock("", "the graph came without real inputs, which an analysis needs"))
         return []
-    params = _parameters(gm, inputs)
-    transformed = _transformed(gm.graph)
-    parts, called = [], list(_called(gm))
-    for part in _candidates(gm.graph, params.__contains__, params):
-        if inside := [n for n in part.nodes if n in transformed]:
-            reason = "it enters a transform of torch.func (vmap, grad), inside of which nothing is followed"
-            report.declined.append(DeclinedBlock(part.name, reason, location=line_of(inside[0])))
-            find_log.info("declined %s: %s", part.name or "the graph", reason)
-        else:
-            parts.append(part)
+    params, called = _parameters(gm, inputs), list(_called(gm))
+    parts, transformed = _parts(gm.graph, params)
+    for part, inside in transformed:
+        reason = "it enters a transform of torch.func (vmap, grad), inside of which nothing is followed"
+        report.declined.append(DeclinedBlock(part.name, reason, location=line_of(inside)))
+        find_log.info("declined %s: %s", part.name or "the graph", reason)
     bound: Bound = []
     try:
         if parts or called:
             seen = None
-            if called or not _all_known(parts, params, options):
+            if not _all_known(parts, params, called, options):
                 seen = observe(gm, inputs, parts, {n for _, operands in called for n in operands})
             bound = _rewrite_parts(gm, parts, params, seen, options, report)
+            values = {} if seen is None else seen.values
             for inner, operands in called:
-                assert seen is not None
-                bound += _rewrite(inner, [params.get(n, seen.values.get(n)) for n in operands], options, report)
+                bound += _rewrite(inner, [params.get(n, values.get(n)) for n in operands], options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
         find_log.info("declined the graph: %s", reason)
     _warn_of_fragments(gm.graph, report)
     return bound
+
+
+def _parts(graph: fx.Graph, params: dict[fx.Node, nn.Parameter]) -> tuple[list[Part], list[tuple[Part, fx.Node]]]:
+    """The candidates that can be followed; those that cannot, each with the node that is why."""
+    parts: list[Part] = []
+    others: list[tuple[Part, fx.Node]] = []
+    transformed = _transformed(graph)
+    for part in _candidates(graph, params.__contains__, params):
+        inside = next((n for n in part.nodes if n in transformed), None)
+        if inside is None:
+            parts.append(part)
+        else:
+            others.append((part, inside))
+    return parts, others
 
 
 def _transformed(graph: fx.Graph) -> set[fx.Node]:
@@ -289,14 +300,21 @@ def _rewrite_parts(
     return bound
 
 
-def _all_known(parts: list[Part], params: dict[fx.Node, nn.Parameter], options: Options) -> bool:
-    """Whether each part that would be analysed was found before: then the graph need not run on its example inputs."""
+def _all_known(
+    parts: list[Part], params: dict[fx.Node, nn.Parameter], called: Called, options: Options
+) -> bool:
+    """Whether each part that would be analysed, here and in graphs that are called, was found before: then the graph need not
+    run on its example inputs."""
     taken: set[fx.Node] = set()
     for part in parts:
         if not taken.intersection(part.nodes):
             if not _known(_key(part, params, options), part):
                 return False
             taken.update(part.nodes)
+    for inner, operands in called:
+        own = _parameters(inner, [params.get(n) for n in operands])
+        if not _all_known(_parts(inner.graph, own)[0], own, list(_called(inner)), options):
+            return False
     return True
 
 
