@@ -22,6 +22,7 @@ from moefx.codegen.triton_launch import (
     cdiv,
     described,
     described_rows,
+    descriptor,
     interpreted,
     launch_block,
     multiprocessors,
@@ -90,9 +91,7 @@ def laid_out(made: TensorDescriptor | None) -> Any:
     if made is None:
         return None
     kind, layout = kernels().TensorDescriptor, _layout(len(made.block_shape))
-    described = object.__new__(kind)  # without the constructor: see `triton_launch.descriptor`
-    described.__dict__.update(made.__dict__, layout=layout)
-    return described
+    return descriptor(made.base, made.shape, made.strides, made.block_shape, made.padding, kind, layout)
 
 
 @cache

@@ -228,11 +228,21 @@ def described_rows(rows: torch.Tensor, block: Sequence[int]) -> TensorDescriptor
     return descriptor(rows, shape, strides, [1, 1, *block])
 
 
-def descriptor(base: Any, shape: list[int], strides: list[int], block: list[int], padding: str = "zero") -> TensorDescriptor:
+def descriptor(
+    base: Any,
+    shape: list[int],
+    strides: list[int],
+    block: list[int],
+    padding: str = "zero",
+    kind: Any = TensorDescriptor,
+    layout: Any = None,
+) -> Any:
     """Without the constructor, which checks anew what `_fits` has checked and takes most of a launch's time. base: a tensor, or
-    what has a `data_ptr` as one."""
-    made: TensorDescriptor = object.__new__(TensorDescriptor)
+    what has a `data_ptr` as one. kind, layout: Gluon's class of descriptors, which also have a layout."""
+    made = object.__new__(kind)
     made.base, made.shape, made.strides, made.block_shape, made.padding = base, shape, strides, block, padding
+    if layout is not None:
+        made.layout = layout
     return made
 
 

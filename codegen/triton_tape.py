@@ -57,13 +57,8 @@ class Address:
 def descriptor(
     at: int, shape: list[int], strides: list[int], block: list[int], padding: str, kind: Any = TensorDescriptor, layout: Any = None
 ) -> Any:
-    """A descriptor of memory that starts at an address. kind: Gluon's class of descriptors, which have a layout."""
-    made = triton_launch.descriptor(Address(at), shape, strides, block, padding)
-    if layout is None:
-        return made
-    of_gluon = object.__new__(kind)
-    of_gluon.__dict__.update(made.__dict__, layout=layout)
-    return of_gluon
+    """A descriptor of memory that starts at an address."""
+    return triton_launch.descriptor(Address(at), shape, strides, block, padding, kind, layout)
 
 
 class Tapes:

@@ -75,9 +75,10 @@ _LINEAR = Tile(128, 256, 64, 8, 4, group=1, programs=1)
 _ACT = Tile(128, 128, 64, 8, 4, group=4, programs=1)
 _WGRAD = Tile(128, 256, 64, 8, 3, group=8, programs=1)
 _NARROW_WGRAD = Tile(128, 128, 32, 4, 6, group=16)  # two of a multiprocessor: one writes while the other multiplies
-_SPECIALISED = Tile(128, 256, 64, 8, 4, programs=1, specialised=True)
-# Row tiles that walk over the columns together, in specialised products of each kind that has such tiles.
-_TOGETHER = {"linear": 4, "wgrad": 16}
+_SPECIALISED = {
+    "linear": Tile(128, 256, 64, 8, 4, group=4, programs=1, specialised=True),
+    "wgrad": Tile(128, 256, 64, 8, 4, group=16, programs=1, specialised=True),
+}
 
 
 def rule(kind: str, rows: int, inner: int, columns: int, specialised: bool = True) -> Tile:
@@ -86,7 +87,7 @@ def rule(kind: str, rows: int, inner: int, columns: int, specialised: bool = Tru
     warp-specialised kernels here (`why_not`)."""
     if specialised and columns >= 256:
         if kind == "linear" and rows >= SPECIALISED_FROM and inner <= DEEP or kind == "wgrad":
-            return replace(_SPECIALISED, group=_TOGETHER[kind])
+            return _SPECIALISED[kind]
     if kind == "linear":
         return replace(_LINEAR, columns=256 if columns >= 256 else 128, group=1 if inner * columns <= LARGE else 4)
     if kind == "act":
@@ -119,8 +120,8 @@ def candidates(kind: str, rows: int, inner: int, columns: int, specialised: bool
         others = [Tile(first.rows, *rest) for rest in ((64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 4, 3), (128, 64, 4, 4))]
     else:
         others = [Tile(128, 128, 64, 8, 4), Tile(128, 128, 32, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 256, 32, 4, 4)]
-    if specialised and kind in _TOGETHER and columns >= 256:
-        others.append(replace(_SPECIALISED, group=_TOGETHER[kind]))
+    if specialised and kind in _SPECIALISED and columns >= 256:
+        others.append(_SPECIALISED[kind])
     return list(dict.fromkeys([first, *others]))
 
 
@@ -171,7 +172,7 @@ def _choose(device: torch.device, kind: str, rows: int, inner: int, columns: int
     measured = measured_on(device) if device.type == "cuda" else None
     tile = measured and measured.nearest(kind, rows, inner, columns)
     if not tile or tile.specialised and why_not(device):  # a file may come from another release of Triton
-        tile = rule(kind, rows, inner, columns, specialised=kind in _TOGETHER and not why_not(device))
+        tile = rule(kind, rows, inner, columns, specialised=kind in _SPECIALISED and not why_not(device))
     return tile
 
 

@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensor
 from moefx import known, probe, region_op, search
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
-from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, Observed, caller_autocast, observe
+from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, caller_autocast, observe
 from moefx.graph_nodes import above, autocasts, inline, line_of, name_of
 from moefx.options import Options
 from moefx.passes.select import select
@@ -152,7 +152,7 @@ def _repeats(part: Part, smaller: list[Part]) -> bool:
     inside = [p for p in smaller if p.nodes[0] in nodes and {name_of(n) for n in p.nodes} & (search.STRONG | search.WEAK)]
     seen: dict[Any, Part] = {}
     for p in inside:
-        other = seen.setdefault(p.structure(), p)
+        other = seen.setdefault(p.structure, p)
         if other is not p and not set(other.nodes) & set(p.nodes):
             return True
     return False
@@ -179,13 +179,12 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
     bound: Bound = []
     try:
         if parts or called:
-            seen = None
+            seen: dict[fx.Node, Any] = {}
             if not _all_known(parts, params, called, options):
                 seen = observe(gm, inputs, parts, {n for _, operands in called for n in operands})
             bound = _rewrite_parts(gm, parts, params, seen, options, report)
-            values = {} if seen is None else seen.values
             for inner, operands in called:
-                bound += _rewrite(inner, [params.get(n, values.get(n)) for n in operands], options, report)
+                bound += _rewrite(inner, [params.get(n, seen.get(n)) for n in operands], options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
         find_log.info("declined the graph: %s", reason)
@@ -255,14 +254,15 @@ def _rewrite_parts(
     gm: fx.GraphModule,
     parts: list[Part],
     params: dict[fx.Node, nn.Parameter],
-    seen: Observed | None,
+    seen: dict[fx.Node, Any],
     options: Options,
     report: GraphReport,
 ) -> Bound:
-    """seen: None where every part was found before."""
+    """seen: the values that enter the parts; nothing where every part was found before."""
     bound: Bound = []
     analysed: dict[Any, Found | Decline] = {}
     taken: set[fx.Node] = set()
+    routings: list[list[fx.Node]] = []
     for part in parts:
         if taken.intersection(part.nodes):
             continue
@@ -272,7 +272,6 @@ def _rewrite_parts(
         if key not in analysed:
             if len(analysed) == MAX_PARTS:
                 raise Decline(f"more than {MAX_PARTS} different candidates in one graph")
-            assert seen is not None
             analysed[key] = _analyse(gm, part, params, seen, options)
             if isinstance(reason := analysed[key], Decline):
                 report.declined.append(DeclinedBlock(part.name, reason.reason, reason.nearest, reason.location))
@@ -291,18 +290,16 @@ def _rewrite_parts(
         report.found.append(_reported(part, change, found))
         found.name = found.name or part.name  # of the first of its structure in this graph
         inline(gm, apply(change))
-        if options.kernels != "torch":
-            routing = [n for n in change.arguments[1:4] if n is not None]
-            select(above(routing, ROUTER_NODES), TOPK, lambda device: device.type == "cuda" or options.kernels == "triton")
+        routings.append([n for n in change.arguments[1:4] if n is not None])
         find_log.info("found %s: %s", part.name or "the graph", report.found[-1].routing)
+    for routing in routings if options.kernels != "torch" else ():  # at last: other parts may hold a router's nodes
+        select(above(routing, ROUTER_NODES), TOPK, lambda device: device.type == "cuda" or options.kernels == "triton")
     gm.graph.lint()
     gm.recompile()
     return bound
 
 
-def _all_known(
-    parts: list[Part], params: dict[fx.Node, nn.Parameter], called: Called, options: Options
-) -> bool:
+def _all_known(parts: list[Part], params: dict[fx.Node, nn.Parameter], called: Called, options: Options) -> bool:
     """Whether each part that would be analysed, here and in graphs that are called, was found before: then the graph need not
     run on its example inputs."""
     taken: set[fx.Node] = set()
@@ -346,11 +343,12 @@ def _whole(part: Part) -> bool:
 
 
 def _analyse(
-    gm: fx.GraphModule, part: Part, params: dict[fx.Node, nn.Parameter], seen: Observed, options: Options
+    gm: fx.GraphModule, part: Part, params: dict[fx.Node, nn.Parameter], seen: dict[fx.Node, Any], options: Options
 ) -> Found | Decline:
+    autocast = caller_autocast()  # which `neutral` leaves
     try:
         with probe.neutral():
-            return Analysis(gm, part, params, seen, options).found()
+            return Analysis(gm, part, params, seen, options, autocast).found()
     except Decline as reason:
         return reason
     except Exception as error:
@@ -369,7 +367,7 @@ def _specialise(part: Part) -> None:
 def _key(part: Part, params: dict[fx.Node, nn.Parameter], options: Options) -> Any:
     """Equal for parts that one verified change suits."""
     kinds = (*((params[n].device, params[n].requires_grad) for n in part.params), *(value_of(n).device for n in part.inputs))
-    return (part.structure(), kinds, caller_autocast(), tuple(map(repr, autocasts(part.nodes[0]).values())), repr(options))
+    return (part.structure, kinds, caller_autocast(), tuple(map(repr, autocasts(part.nodes[0]).values())), repr(options))
 
 
 def _reported(part: Part, change: Change, found: Found) -> FoundBlock:

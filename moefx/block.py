@@ -223,9 +223,6 @@ class OwnForward:
             return self.previous(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = object.__new__(type(self))  # not copy.copy: that asks __reduce__
         twin.__dict__.update(self.__dict__)

@@ -44,17 +44,6 @@ MOST_TOKENS = 2048  # that a part is probed on when it runs on no other number
 # ------------------------------------------------------------------------------------------------ one observed run
 
 
-@dataclass
-class Observed:
-    """What one run of the graph on its example inputs showed: the values that enter the parts.
-
-    autocast: (device, dtype) of the autocast that the caller is in.
-    """
-
-    values: dict[fx.Node, Any]
-    autocast: tuple[tuple[str, torch.dtype], ...]
-
-
 class _Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
         super().__init__(gm)
@@ -67,8 +56,8 @@ class _Observer(fx.Interpreter):
         return result
 
 
-def observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part], also: set[fx.Node]) -> Observed:
-    """One run without gradients on copies of the inputs, of which the values of `also` are kept too.
+def observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part], also: set[fx.Node]) -> dict[fx.Node, Any]:
+    """The values that enter the parts, and those of `also`, in one run without gradients on copies of the inputs.
 
     Raises Decline when the graph does not run on its inputs.
     """
@@ -81,7 +70,7 @@ def observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part], also: 
             observer.run(*copies)
     except Exception as error:
         raise Decline(f"the graph does not run on its example inputs: {type(error).__name__}: {error}") from error
-    return Observed(observer.seen, caller_autocast())
+    return observer.seen
 
 
 def caller_autocast() -> tuple[tuple[str, torch.dtype], ...]:
@@ -173,15 +162,21 @@ MAX_KNOWN = 256
 
 
 class Analysis:
-    """One part: its own parameters and entering values, its probe copies."""
+    """One part: its own parameters and entering values, its probe copies. autocast: see `caller_autocast`."""
 
     def __init__(
-        self, gm: fx.GraphModule, part: Part, params: dict[fx.Node, nn.Parameter], seen: Observed, options: Options
+        self,
+        gm: fx.GraphModule,
+        part: Part,
+        params: dict[fx.Node, nn.Parameter],
+        seen: dict[fx.Node, Any],
+        options: Options,
+        autocast: tuple[tuple[str, torch.dtype], ...],
     ) -> None:
-        self.gm, self.part, self.options, self.autocast = gm, part, options, seen.autocast
+        self.gm, self.part, self.options, self.autocast = gm, part, options, autocast
         self.own = [params[n] for n in part.params]
-        self.others = {n: seen.values[n] for n in part.others}
-        self.entering = tuple(seen.values[n] for n in part.inputs)
+        self.others = {n: seen[n] for n in part.others}
+        self.entering = tuple(seen[n] for n in part.inputs)
         self.example = probe.Example.of(self.entering, {})
         floats = [p for p in self.own if p.is_floating_point()]
         if not floats or any(type(p) is not nn.Parameter for p in self.own):

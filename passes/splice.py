@@ -14,6 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -53,8 +54,10 @@ class Part:
         """Entering nodes first: equal positions in parts of equal structure correspond."""
         return (*self.inputs, *self.params, *self.sizes, *self.others, *self.nodes)
 
+    @cached_property
     def structure(self) -> Any:
-        """Equal for parts that compute the same function of what enters them."""
+        """Equal for parts that compute the same function of what enters them. As it was when it was first asked for: changes of
+        other parts may replace nodes that enter this one."""
         place = {n: i for i, n in enumerate(self.all_nodes)}
 
         def show(x: Any) -> Any:
