@@ -5,7 +5,8 @@ bf16 on random inputs: milliseconds (the median of rounds in which every peer ha
 useful TFLOP/s (6 T K D F forward, 18 T K D F with backward), the share of the matmul ceiling measured in the same run; for
 few tokens GB/s of the weights of the experts that are hit; memory at the peak of a step beside weights, inputs and
 parameter gradients. A turn is several calls one after another, so that the host launches while the GPU computes, as in a
-model; where the host is slower, its time counts. For few tokens a third time is that of the forward as a CUDA graph, where
+model; where the host is slower, its time counts. First all rounds of forwards, then all of steps: behind a step, which draws more
+power, the same forward takes a tenth longer. For few tokens a third time is that of the forward as a CUDA graph, where
 a peer can be captured, and the speed is that of the graph. The last column of moefx's rows of many tokens: its step with
 skewed routing (Zipf's popularity of experts), as a multiple of the step with even routing.
 
@@ -194,12 +195,10 @@ class Result:
 
 
 def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int, seconds: float) -> dict[str, Result]:
-    """Every peer in turn, `rounds` times, every other time in the opposite order; a peer slower than `seconds` a step is left
-    out after its first turn."""
+    """Every peer in turn, `rounds` times, every other time in the opposite order, first forwards and then steps; a peer slower
+    than `seconds` has one turn."""
     x = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     gy = torch.randn(1, tokens, shape.d_model, device="cuda", dtype=torch.bfloat16)
-    steps: dict[str, list[float]] = {peer: [] for peer in layers}
-    forwards: dict[str, list[float]] = {peer: [] for peer in layers}
     peaks: dict[str, int] = {}
 
     def forward(layer: nn.Module) -> None:
@@ -215,27 +214,37 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
         for p in layer.parameters():
             p.grad = None
 
-    active = dict(layers)
-    for turn in range(2 + rounds):
-        for peer, layer in list(active.items())[:: -1 if turn % 2 else 1]:  # what runs behind others finds a warmer GPU
-            clear(layer)
-            if turn == 1:
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-            calls = CALLS if turn >= 2 else 1
-            ms = milliseconds(lambda: step(layer), calls)  # noqa: B023
-            if turn == 1:
-                own = sum(p.numel() * p.element_size() for p in layer.parameters())
-                peaks[peer] = torch.cuda.max_memory_allocated() - before - own
-            clear(layer)
-            forward_ms = milliseconds(lambda: forward(layer), calls)  # noqa: B023
-            if turn >= 2:
-                steps[peer].append(ms)
-                forwards[peer].append(forward_ms)
-            elif turn == 1 and ms > 1e3 * seconds:
-                steps[peer], forwards[peer] = [ms], [forward_ms]
-                del active[peer]
+    def peak(layer: nn.Module) -> int:
+        """Bytes at the peak of a step, parameter gradients aside; one ran before."""
+        clear(layer)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(layer)
+        return torch.cuda.max_memory_allocated() - before - sum(p.numel() * p.element_size() for p in layer.parameters())
+
+    def in_turns(run: Callable[[nn.Module], None]) -> dict[str, list[float]]:
+        """Of every peer, milliseconds of each round; what runs behind others finds a warmer GPU."""
+        times: dict[str, list[float]] = {}
+        active = dict(layers)
+        for turn in range(rounds + 1):
+            for peer, layer in list(active.items())[:: -1 if turn % 2 else 1]:
+                ms = milliseconds(partial(run, layer), CALLS if turn else 1)
+                clear(layer)
+                if turn:
+                    times.setdefault(peer, []).append(ms)
+                elif ms > 1e3 * seconds:
+                    times[peer] = [ms]
+                    del active[peer]
+        return times
+
+    for peer, layer in layers.items():  # what compiles does it here
+        for _ in range(2):
+            forward(layer)
+            step(layer)
+        peaks[peer] = peak(layer)
+        clear(layer)
+    forwards, steps = in_turns(forward), in_turns(step)  # apart: who serves a model does not train it in between
     graphs = {p: graph_ms(layer, x) for p, layer in layers.items()} if tokens <= FEW_TOKENS else {}
     return {
         p: Result(statistics.median(forwards[p]), statistics.median(steps[p]), peaks[p], graphs.get(p)) for p in layers
@@ -324,7 +333,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--slow", type=float, default=0.05, help="seconds a step after which a peer has one turn only")
+    parser.add_argument("--slow", type=float, default=0.2, help="seconds of a call after which a peer has one turn only")
     parser.add_argument("--budget", type=float, default=480.0, help="no new shape after so many seconds")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
