@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -64,22 +64,21 @@ def plans_for(
     dist.broadcast_object_list(around, dist.get_global_rank(wire.group, 0), wire.group)
     trained = {name for name, p in params.items() if p.requires_grad}
 
-    def measured(degrees: Iterable[Degrees]) -> dict[str, dict[Degrees, Runs]]:
+    def measured(degrees: Iterable[Degrees], compared: Collection[str]) -> dict[str, dict[Degrees, Runs]]:
         """Without capacity: rows that are spread evenly overflow nothing."""
         made = {(f, b): plans_of(replace(options, degree=f, backward_degree=b, capacity=None)) for f, b in degrees}
         dropless = replace(wire, capacity=None)
         regions = {d: ParallelRegion(region, local, p, options.kernels, dropless) for d, p in made.items()}
-        return measure(regions, params, trained, tokens, wire.group)
+        return measure(regions, params, trained, tokens, wire.group, compared)
 
-    alone = measured((r, r) for r in around[0])
-    by_degree = {phase: {r: runs for (r, _), runs in alone[phase].items()} for phase in PHASES}
+    open_phases = [phase for phase, given in zip(PHASES, options.degrees) if given == "auto"]
+    alone = measured(((r, r) for r in around[0]), open_phases)
+    by_degree = {phase: {r: runs for (r, _), runs in alone[phase].items()} for phase in open_phases}
     told = [_told(phase, of) for phase, of in by_degree.items()]
-    forward, backward = (
-        given if given != "auto" else fastest(of, r) for given, of, r in zip(options.degrees, by_degree.values(), decided)
-    )
+    forward, backward = (fastest(by_degree[p], r) if p in by_degree else r for p, r in zip(PHASES, decided))
     pairs = dict.fromkeys([decided, (forward, backward), (forward, forward), (backward, backward)])
     if len(pairs) > 1 and options.degrees == ("auto", "auto"):  # where they differ, rows are cut anew between the phases
-        steps = measured(pairs)[STEP]
+        steps = measured(pairs, [STEP])[STEP]
         forward, backward = fastest(steps, (forward, backward))  # a phase alone scatters less than a step
         told.append(_told(STEP, {f"{f}/{b}": runs for (f, b), runs in steps.items()}))
     return replace(plans_of(replace(options, degree=forward, backward_degree=backward)), measured=tuple(told))

@@ -29,7 +29,8 @@ from moefx.parallel_region import ParallelRegion
 Name = TypeVar("Name", bound=Hashable)
 
 # Rounds that are measured, after one that is not: more where they are short, and noise is larger.
-ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 15, 3.0
+ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 30, 4.0
+CLOSE = 0.02  # what is slower by less than this has more rounds, however certain it seems
 CHUNKS = (1, 4, 16)  # of the plans that show what is computed in so many
 STEP = "step"  # forward, and backward right behind it
 
@@ -48,9 +49,13 @@ class Runs:
         scatter = 1.4826 * statistics.median(abs(s - median) for s in seconds)
         return Runs(median, 1.2533 * scatter / len(seconds) ** 0.5)
 
-    def no_slower(self, other: Runs) -> bool:
-        """Whether it is not slower than `other`, or by no more than two standard errors."""
-        return self.median_s - other.median_s <= 2 * (self.error_s**2 + other.error_s**2) ** 0.5
+    def no_slower(self, other: Runs, errors: float = 1.0) -> bool:
+        """Whether it is not slower than `other`, or by no more than so many standard errors of the difference."""
+        return self.median_s - other.median_s <= errors * (self.error_s**2 + other.error_s**2) ** 0.5
+
+    def close_to(self, other: Runs) -> bool:
+        """Whether more runs may show it to be the faster one."""
+        return self.median_s <= (1 + CLOSE) * other.median_s or self.no_slower(other, errors=2.0)
 
 
 class AtOnce:
@@ -110,7 +115,7 @@ def block_times(
     exchange = lambda _: wire.all_to_all.start(rows, counts, counts).wait()  # noqa: E731
     exchanges = [_timed([exchange], device, wire.group)[0] for _ in range(ROUNDS + 1)]
     least = _slowest(statistics.median(exchanges[1:]), device, wire.group)
-    seconds = measure(regions, params, set(params), tokens, wire.group)
+    seconds = measure(regions, params, set(params), tokens, wire.group, ())
     return {
         phase: BlockTimes({r: max(0.0, runs.median_s - 2 * least) for r, runs in seconds[phase].items()}, least)
         for phase in PHASES
@@ -123,11 +128,14 @@ def measure(
     trained: Collection[str],
     tokens: int,
     group: dist.ProcessGroup,
+    compared: Collection[str],
 ) -> dict[str, dict[Name, Runs]]:
     """By phase and for the STEP of both, what each region took, by its name, all of them in turns. All ranks call it.
 
     params: this rank's, by name. trained: those whose gradients are wanted. tokens: of this rank. No capacity: rows that are
-    spread evenly overflow nothing.
+    spread evenly overflow nothing. compared: the phases of which the fastest region is wanted, or STEP; a region that is clearly
+    slower in all of them has ROUNDS rounds, and those that are left have more. Empty: all regions have as many. Where it is the
+    forward alone, nothing else runs.
     """
     region, parameter = next(iter(regions.values())).region, next(iter(params.values()))
     device, dtype = parameter.device, parameter.dtype
@@ -140,22 +148,37 @@ def measure(
         for compiled in regions.values():
             names = compiled.binder.names
             compiled.precompile(x, ids, w, {n: params[n].detach() for n in names}, [[n for n in names if n in trained]])
-    steps = [_step(compiled, x, ids, w, gy, params, trained) for compiled in regions.values()]
-    rounds: list[list[tuple[float, float, float]]] = []  # of all regions: forward, backward, both
-    turns = 1 + ROUNDS
-    while len(rounds) < turns:
-        began = time.perf_counter()
-        rounds.append([])
-        for step in steps:
-            forward_s, backward_s = _timed(step, device, group)
-            rounds[-1].append((forward_s, backward_s, forward_s + backward_s))
-        if len(rounds) == 2:  # the first one also prepares
-            turn_s = _slowest(time.perf_counter() - began, device, group)
-            turns = 1 + min(MOST_ROUNDS, max(ROUNDS, int(MEASURED_S / turn_s)))
-    slowest = torch.tensor(rounds[1:], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
-    by_what = slowest.permute(2, 1, 0).tolist()  # [3, regions, rounds]
-    return {what: dict(zip(regions, map(Runs.of, runs))) for what, runs in zip((*PHASES, STEP), by_what)}
+    phases = PHASES[:1] if set(compared) == {"forward"} else PHASES
+    steps = {name: _step(compiled, x, ids, w, gy, params, trained)[: len(phases)] for name, compiled in regions.items()}
+    found: dict[Name, list[list[float]]] = {name: [] for name in regions}  # by round: each phase, and the sum
+
+    def turn(names: Sequence[Name]) -> list[list[float]]:
+        seconds = [_timed(steps[name], device, group) for name in names]
+        slowest = torch.tensor([[*times, sum(times)] for times in seconds], dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group)  # so that all ranks go on with the same
+        return slowest.tolist()  # type: ignore[no-any-return]
+
+    left, rounds, spent_s = list(regions), 0, 0.0
+    turn(left)  # which also prepares
+    while rounds < ROUNDS or (rounds < MOST_ROUNDS and spent_s < MEASURED_S and (len(left) > 1 or not compared)):
+        rounds += 1
+        for name, times in zip(left, turn(left)):
+            found[name].append(times)
+            spent_s += times[-1]
+        if compared and rounds >= ROUNDS:
+            left = _left({name: _runs(phases, found[name]) for name in left}, compared)
+    by_name = {name: _runs(phases, times) for name, times in found.items()}
+    return {what: {name: runs[what] for name, runs in by_name.items()} for what in (*phases, STEP)}
+
+
+def _runs(phases: Sequence[str], rounds: Sequence[Sequence[float]]) -> dict[str, Runs]:
+    return {what: Runs.of(seconds) for what, seconds in zip((*phases, STEP), zip(*rounds))}
+
+
+def _left(runs: Mapping[Name, Mapping[str, Runs]], compared: Collection[str]) -> list[Name]:
+    """Those that may be the fastest in one of what is compared."""
+    best = {what: min((of[what] for of in runs.values()), key=lambda r: r.median_s) for what in compared}
+    return [name for name, of in runs.items() if any(of[what].close_to(best[what]) for what in compared)]
 
 
 def _step(

@@ -22,21 +22,20 @@ from moefx.ops import topk_serves
 from moefx.runtime import ops_for
 
 PLAIN = (Tensor, nn.Parameter)  # what lies in one place: no DTensor, nothing fake
-# Scores in a call from which on the mode pays for itself: on a slow host it costs 0.2 ms a router.
-WORTH = 1 << 21
+# On a slow host the mode costs 0.2 ms a router. It pays where the choice alone takes long on the GPU, or all of the block does:
+SCORES, FEATURES = 1 << 21, 1 << 25  # of all tokens
 
-
-_worth = [WORTH]
+_always = [False]
 
 
 @contextlib.contextmanager
 def paying() -> Iterator[None]:
     """Inside, the mode always pays: for comparisons with torch."""
-    before, _worth[0] = _worth[0], 0
+    before, _always[0] = _always[0], True
     try:
         yield
     finally:
-        _worth[0] = before
+        _always[0] = before
 
 
 def selecting(
@@ -51,10 +50,11 @@ def selecting(
     tokens = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
     if tokens is None or kernels == "torch" or not (tokens.is_cuda or kernels == "triton"):
         return contextlib.nullcontext()
-    if not torch.compiler.is_compiling() and tokens.numel() // (width or tokens.shape[-1] or 1) * scores < _worth[0]:
-        if not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return contextlib.nullcontext()
-    return Selecting(kernels)
+    features = tokens.numel()
+    pays = features >= FEATURES or features // (width or tokens.shape[-1] or 1) * scores >= SCORES
+    if pays or _always[0] or torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return Selecting(kernels)
+    return contextlib.nullcontext()
 
 
 def prepare(kernels: str, device: torch.device, dtype: torch.dtype, scores: int, k: int) -> None:

@@ -26,7 +26,7 @@ from moefx.block import SelectingForward, rewritten
 from moefx.errors import InputError
 from moefx.ops import topk_serves
 from moefx.options import Options
-from moefx.selection import TOPK, Selecting, paying
+from moefx.selection import TOPK, Selecting, paying, selecting
 
 INF, NAN = float("inf"), float("nan")
 
@@ -223,6 +223,18 @@ def test_block_selects_where_it_pays(chosen: list[int], monkeypatch: pytest.Monk
     assert chosen == [2]
 
 
+def test_it_pays_for_many_scores_and_for_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "SCORES", 64)
+    monkeypatch.setattr(selection, "FEATURES", 256)
+
+    def on(tokens: int, width: int, kernels: str = "triton") -> bool:
+        mode = selecting(kernels, (None, torch.zeros(tokens, width)), width, 4)
+        return isinstance(mode, Selecting)
+
+    assert [on(4, 8), on(16, 8), on(4, 64), on(0, 8)] == [False, True, True, False]
+    assert not on(16, 64, "torch") and not on(16, 64, "auto"), "not on a CPU"
+
+
 class Router(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -274,8 +286,8 @@ def test_each_block_has_the_router_that_chose_for_it() -> None:
     for layer in model:
         nn.init.zeros_(layer.router.weight)
     moefx.optimize(model, (torch.randn(1, 16),))
-    selecting = [name for name, m in model.named_modules() if isinstance(m.__dict__.get("forward"), SelectingForward)]
-    assert selecting == ["0.router", "1.router", "2.router"]
+    selected = [name for name, m in model.named_modules() if isinstance(m.__dict__.get("forward"), SelectingForward)]
+    assert selected == ["0.router", "1.router", "2.router"]
     assert "torch.topk of 2.router runs as moefx::topk on a GPU" in str(moefx.explain(model))
 
 
