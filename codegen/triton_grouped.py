@@ -13,13 +13,11 @@ import triton
 import triton.language as tl
 from moefx.codegen import gluon_grouped
 from moefx.codegen.triton_launch import (
-    begin,
     cdiv,
     check_dtypes,
     compiling,
     described,
     described_rows,
-    early,
     find_tile,
     first_tiles,
     float32_precision,
@@ -108,11 +106,10 @@ def left_rows(rows, order, row, row0, end, top_k, stride_r, GATHER: tl.constexpr
 def grouped_linear_kernel(
     rows, order, weight, offsets, out, n_in, n_out, stride_r, stride_e, stride_i, stride_o,
     experts, tiles_n, top_k,
-    GATHER: tl.constexpr, EVEN_I: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
-    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GATHER: tl.constexpr, EVEN_I: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out [R, O] = rows [R, I] @ weight[expert of the row] [I, O]. Grid (tiles of rows * tiles_n,), one tile of out each."""
-    begin(EARLY)
     first, tiles = first_tiles(offsets, experts, BLOCK_E, BM)
     if tl.program_id(0) < tiles * tiles_n:
         tile, tile_n = swizzle(tl.program_id(0), tiles, tiles_n, GROUP)
@@ -239,7 +236,7 @@ def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tenso
                 rows, offsets if order is None else order, weight, offsets, out, inner, columns, rows.stride(0),
                 *weight.stride(), experts, tiles_n, top_k, GATHER=order is not None,
                 EVEN_I=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=tile.group, BLOCK_E=power_of_2(experts),
-                BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages, **early(rows.device),
+                BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out
 

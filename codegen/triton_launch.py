@@ -25,14 +25,6 @@ from moefx.errors import InputError
 
 
 @triton.jit
-def begin(EARLY: tl.constexpr):
-    """The first line of a kernel that is launched with the options of `early`, before it reads or writes any memory."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()  # until all that ran before has ended, and can be read
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def expert_tile(offsets, tile, experts, BLOCK_E: tl.constexpr, BM: tl.constexpr):
     """The expert that owns row tile `tile`, the tile's first row, and the end of the expert's rows.
 
@@ -270,15 +262,6 @@ def has_copy_engine(device: torch.device) -> bool:
     if device.type != "cuda":
         return interpreted()  # which knows descriptors
     return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def early(device: torch.device) -> dict[str, bool]:
-    """Options of a launch of a kernel that starts with `begin(EARLY)`: it is brought onto the chip while the one in front of it
-    still runs (CUDA's programmatic dependent launch, Hopper and later), which saves a small kernel about a microsecond."""
-    if not has_copy_engine(device) or interpreted() or torch.version.hip:
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
 
 
 @cache

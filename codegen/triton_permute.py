@@ -10,10 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from moefx.codegen.triton_launch import (
-    begin,
     cdiv,
     check_dtypes,
-    early,
     expert_tile,
     launch,
     on_device,
@@ -85,14 +83,12 @@ def rows_backward(
 @triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     h, position, w, bias, ids, out, tokens, width, stride_h, stride_b, stride_o, K: tl.constexpr,
-    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, UNROLL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [T, O] = sum over k of w[t, k] * (h[position[t, k]] + bias[ids[t, k]]). Grid (T / BM, O / BN): a block of out each.
 
     The K loop is unrolled by UNROLL, so that the loads of several slots are under way together.
     """
-    begin(EARLY)
     token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     live = token < tokens
@@ -140,7 +136,6 @@ def combine_into(
                 combine_kernel, (cdiv(tokens, bm), cdiv(width, bn)),
                 h, position, h if w is None else w.contiguous(), bias, ids, out, tokens, width, h.stride(0), bias.stride(0),
                 out.stride(0), K=top_k, WEIGHTED=w is not None, BIASED=biased, UNROLL=power_of_2(top_k, most=8), BM=bm, BN=bn,
-                **early(h.device),
             )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from moefx.codegen.triton_launch import (
     check_dtypes,
     described,
     described_rows,
-    early,
     float32_precision,
     launch,
     launch_block,
@@ -231,7 +230,7 @@ class Pointwise:
                     inner, rows.stride(0), experts, tiles_n, top_k, SAVE=save, GATHER=order is not None,
                     EVEN=inner % tile.inner == 0, PRECISION=float32_precision(), GROUP=tile.group,
                     BLOCK_E=power_of_2(experts), BM=tile.rows, BN=tile.columns, BK=tile.inner,
-                    num_warps=tile.warps, num_stages=tile.stages, **early(rows.device),
+                    num_warps=tile.warps, num_stages=tile.stages,
                 )  # fmt: skip
         return tuple(products) if save else None, tuple(outputs)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import begin, cdiv, compiling, early, launch, on_device, power_of_2
+from moefx.codegen.triton_launch import cdiv, compiling, launch, on_device, power_of_2
 
 BLOCK = 256
 GROUPS = 64
@@ -30,15 +30,12 @@ def _experts_of(ids, slot, slots, experts):
 
 
 @triton.jit(do_not_specialize=["slots"])
-def place_few_kernel(
-    ids, order, offsets, position, slots, experts, EARLY: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
-):
+def place_few_kernel(ids, order, offsets, position, slots, experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """Writes order [slots], position [slots], offsets [experts + 1]. Grid ((slots + experts + 1) / BLOCK,).
 
     Slot s of expert e has the key e * slots + s, and expert e begins at the key e * slots. The place of each in the sorted
     order is the number of smaller keys of slots.
     """
-    begin(EARLY)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bound = mine - slots  # from 0 on: an expert's begin, or the end of the last one
     expert = _experts_of(ids, mine, slots, experts)
@@ -117,9 +114,7 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
     with on_device(ids):
         if slots <= FEW_SLOTS or compiling():
             grid = (cdiv(slots + experts + 1, 32),)
-            launch(
-                place_few_kernel, grid, ids, order, offsets, position, slots, experts, BLOCK=32, STEP=128, **early(ids.device)
-            )  # fmt: skip
+            launch(place_few_kernel, grid, ids, order, offsets, position, slots, experts, BLOCK=32, STEP=128)
         if slots > FEW_SLOTS or compiling():
             _count_and_place(ids, experts, order, offsets, position)
     return order, offsets, position

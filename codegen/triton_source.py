@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from moefx.codegen.triton_grouped import accumulate, left_rows, swizzle
-from moefx.codegen.triton_launch import begin, expert_tile, find_tile, first_tiles, halves, store_rows
+from moefx.codegen.triton_launch import expert_tile, find_tile, first_tiles, halves, store_rows
 from moefx.codegen.triton_rules import {functions}
 '''
 
@@ -75,13 +75,12 @@ def {kernel}_linear(
 {params}
     offsets, n_in, stride_r, experts, tiles_n, top_k,
     SAVE: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    EARLY: tl.constexpr, BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BLOCK_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):
     """{doc} Grid (tiles of rows * tiles_n,): a tile of one expert's rows x columns each.
 
     With SAVE the products are stored as well; with GATHER the rows are tokens order[r] // top_k.
     """
-    begin(EARLY)
     first, tiles = first_tiles(offsets, experts, BLOCK_E, BM)
     if tl.program_id(0) < tiles * tiles_n:
         tile, tile_n = swizzle(tl.program_id(0), tiles, tiles_n, GROUP)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import begin, cdiv, check_dtypes, early, launch, on_device, power_of_2
+from moefx.codegen.triton_launch import cdiv, check_dtypes, launch, on_device, power_of_2
 from torch import Tensor
 
 from moefx.errors import InputError
@@ -22,14 +22,13 @@ ONE_WARP = 256  # from so many scores on a row is one warp's
 @triton.jit(do_not_specialize=["rows"])
 def topk_kernel(
     x, values, ids, rows, columns, stride,
-    K: tl.constexpr, EARLY: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+    K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x [T, E] -> values [T, K], ids [T, K] int64. Grid (T / BT,): BT rows each.
 
     Scores are compared as integers in the order of their values, NaN above all; what is taken, and what lies behind the
     row, is below all.
     """
-    begin(EARLY)
     row = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
     column = tl.arange(0, BE)[None, :]
     held = (row < rows) & (column < columns)
@@ -73,6 +72,5 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
             launch(
                 topk_kernel, (cdiv(rows, block),), x, values, ids, rows, columns, x.stride(0),
                 K=k, BT=block, BE=wide, BK=power_of_2(k), num_warps=4 if wide < ONE_WARP else 1,
-                **early(x.device),
             )  # fmt: skip
     return values, ids
