@@ -280,9 +280,13 @@ class Counted(ParallelRuntime):
         return list(zip(arrived.split(cuts)[::2], numbers.split(cuts)[::2]))
 
     def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
-        """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""
-        starts = exclusive(self.parts(counts)[0].sum((1, 2))).tolist()
-        return torch.cat([torch.where(p < 0, p, p + start) for p, start in zip(positions, starts)])
+        """position [T, K] of every slot among the rows of all chunks of forward; -1 stays.
+
+        A chunk without rows begins nowhere: while kernels are only made ready, its positions are not -1.
+        """
+        rows = self.parts(counts)[0].sum((1, 2))
+        begins = zip(positions, exclusive(rows).tolist(), rows.tolist())
+        return torch.cat([torch.where(p < 0, p, p + start) if held else p for p, start, held in begins])
 
     def arrived_of_all(self, counts: Tensor, orders: Sequence[Tensor]) -> Tensor:
         """The order of what arrived in all chunks of forward, chunk by chunk."""
@@ -408,12 +412,13 @@ class Padded(ParallelRuntime):
     # -------------------------------------------------------------------------------------------- all chunks of forward
 
     def rows_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:
-        """position [T, K] of every slot among the rows of all chunks of forward; -1 stays."""
+        """As `Counted.rows_of_all`."""
         rows, result = 0, torch.full_like(positions[0], -1)
         for chunk, position in enumerate(positions):
-            result = torch.where(position < 0, result, position + rows)
             first, end = self._slice(chunk, "forward")
-            rows += _rows(position, self.wire.experts * (end - first))
+            if held := _rows(position, self.wire.experts * (end - first)):
+                result = torch.where(position < 0, result, position + rows)
+                rows += held
         return result
 
     def arrived_of_all(self, counts: Tensor, positions: Sequence[Tensor]) -> Tensor:

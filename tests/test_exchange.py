@@ -76,6 +76,22 @@ def arriving(received: torch.Tensor, chunks: Any) -> list[tuple[int, int, int, i
     ]
 
 
+def test_positions_that_no_kernel_has_written_are_rows_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While kernels are only made ready positions are zeros, also in chunks that have no rows; what is read by them exists."""
+    monkeypatch.setattr("moefx.exchange._rows", lambda position, places: min(places, position.numel()))  # as on CUDA
+    wire = Wire(Group(2, 0), 7, None, None, {}, capacity=2)  # type: ignore[arg-type]
+    padded = Padded(OPS, torch.device("cpu"), None, True, None, wire, "backward", (4, 2))
+    positions = [torch.zeros(3, 3, dtype=torch.int64) for _ in range(4)]
+    rows = sum(min(7 * (end - first), 9) for first, end in chunk_bounds(2, 4))
+    assert 0 <= int(padded.rows_of_all(torch.empty(0), positions).max()) < rows
+
+    counted = runtime(2, 1, 0, "backward", (3, 1))
+    sent = torch.tensor([[[1, 2]], [[2, 1]], [[0, 0]]])  # [rf, n, E]: the last chunk's slots are no expert's
+    counts = torch.cat([sent, sent.new_zeros(3, 1, 2)], 2)
+    found = counted.rows_of_all(counts, positions[:3])
+    assert found[:6].unique_consecutive().tolist() == [0, 3] and int(found.max()) < 6
+
+
 @given(counts_of)
 def test_backward_chunks_find_their_rows(received: torch.Tensor) -> None:
     """Every chunk of backward picks, of what forward has in the order of experts, the rows of its own tokens."""
