@@ -12,7 +12,7 @@
     model         training step of a few Qwen3-MoE layers against plain expert parallelism with grouped_mm
     edges         correctness where ranks have few tokens, or one has none
     symmetric     all-to-all on symmetric memory, if torch has it
-    nodes         pairs of GPUs as nodes, joined by links that are throttled by host copies: exchanges, layers (P >= 4)
+    nodes         pairs of GPUs (two GPUs: each one) as nodes, with links throttled by host copies: exchanges, layers
 
 Times are medians of rounds in which everything that is compared has its turn, on the slowest rank. Tables come last; all
 numbers go to --out ($OUT, out/multi_gpu) as multi_gpu.json. Exit code 1 if a row of correctness fails or anything crashes.

@@ -329,13 +329,13 @@ class _OnDevice:
 
         def ready(x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None, like: Any, *params: Tensor) -> Tensor:
             call.compiled.precompile(*call.inputs(x, ids, w, keep, params), rounds)
-            raise _Ready
+            raise _AllSeen
 
-        with torch.no_grad(), contextlib.suppress(_Ready):
+        with torch.no_grad(), contextlib.suppress(_AllSeen):
             self.block.run(args, replace(self.change, call=ready))
 
 
-class _Ready(Exception):
+class _AllSeen(Exception):
     """Stops a run whose rest has no use."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moefx.errors import InputError
+from moefx.errors import Decline
 from moefx.exchange import experts_of
 from moefx.ir import Leaf, Region
 from moefx.leaves import LeafBinder, LeafGradients
@@ -67,7 +67,8 @@ class NoExperts(LeafBinder):
 
 
 def holding(region: Region, params: Mapping[str, Tensor], ranks: int, rank: int) -> Holding:
-    """This rank's experts as a region of their own (K = 1, without weights). InputError where they cannot be spread."""
+    """This rank's experts as a region of their own (K = 1, without weights). Decline, on all ranks, where they cannot be spread."""
+    _check_owners(region, ranks)
     experts = region.experts
     held = experts_of(experts, ranks, rank)
     stacked, elsewhere, shared, leaves = dict[str, None](), dict[str, None](), dict[str, None](), list[Leaf]()
@@ -87,16 +88,25 @@ def holding(region: Region, params: Mapping[str, Tensor], ranks: int, rank: int)
             at, part = params[name], name if leaf.shared or leaf.stacked else ""
             local = Absent(leaf.shape, leaf.strides, (), (), leaf.read_as, at.dtype, at.device, part, at.requires_grad)
         leaves.append(local)
-    if tied := [name for leaf in leaves for name in leaf.params if name in elsewhere]:
-        raise InputError(f"experts of several ranks use the parameter {tied[0]}: it cannot be spread")
     local_region = replace(
         region, experts=len(held), top_k=1, leaves=tuple(leaves), weight_position="none", identity=False
     )  # fmt: skip
     return Holding(local_region, tuple(stacked), tuple(elsewhere), tuple(shared))
 
 
+def _check_owners(region: Region, ranks: int) -> None:
+    """Declines experts that are modules of their own and share a parameter with those of another rank."""
+    owner: dict[str, int] = {}
+    for leaf in region.leaves:
+        if not (leaf.shared or leaf.stacked):
+            for rank in range(ranks):
+                for name in (leaf.params[e] for e in experts_of(region.experts, ranks, rank)):
+                    if owner.setdefault(name, rank) != rank:
+                        raise Decline(f"experts of several ranks use the parameter {name}")
+
+
 def _expert_size(i: int, leaf: Leaf, param: Tensor, ranks: int) -> int:
-    """Elements of one expert in a parameter that stacks them on dim 0. InputError where its pieces are not whole experts."""
+    """Elements of one expert in a parameter that stacks them on dim 0. Decline where its pieces are not whole experts."""
     experts, name = leaf.experts, leaf.params[0]
     step = param.numel() // experts
     reach = sum(s * (n - 1) for s, n in zip(leaf.strides, leaf.shape))
@@ -104,7 +114,7 @@ def _expert_size(i: int, leaf: Leaf, param: Tensor, ranks: int) -> int:
     rows = param.shape[0] // experts if param.dim() else 0
     whole = rows and param.shape[0] % experts == 0 and -(-param.shape[0] // ranks) == rows * -(-experts // ranks)
     if not (apart and whole and min(leaf.strides, default=1) > 0):
-        raise InputError(
+        raise Decline(
             f"leaf{i} of {name} {tuple(param.shape)}: its {experts} experts do not lie one behind the other on dim 0 in a way "
             f"that {ranks} equal pieces would be whole experts"
         )

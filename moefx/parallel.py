@@ -131,7 +131,8 @@ def as_mesh(mesh: Any) -> DeviceMesh:
 def distribute(
     model: nn.Module, mesh: DeviceMesh, options: Options, report: Report, examples: Mapping[str, probe.Example]
 ) -> None:
-    """Spreads the experts of the rewritten blocks of `model` over the ranks of `mesh`; all ranks call it.
+    """Spreads the experts of the rewritten blocks of `model` over the ranks of `mesh`; all ranks call it. Experts that cannot be
+    spread stay whole on every rank, and their block is that of one rank.
 
     Every block is checked once more: the plan of all ranks against what one rank computed before.
     """
@@ -145,7 +146,13 @@ def distribute(
         variants = {key: v for key, v in forward.variants.items() if isinstance(v, Variant)}
         params = dict(module.named_parameters())
         region = next(iter(variants.values())).compiled.region
-        held = holding(region, params, mesh.size(), mesh.get_local_rank())
+        try:
+            held = holding(region, params, mesh.size(), mesh.get_local_rank())
+        except Decline as reason:
+            note = f"every rank keeps all experts: {reason}"
+            log.warning("%s: %s", name or "the model", note)
+            report.found[report.found.index(found)] = replace(found, notes=(*found.notes, note))
+            continue
         example = examples[name]
         about = repr((region, example.token_sizes))
         if about not in decided:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moefx.models import ExpertChoiceMoE, GptOssMoE, MixtralMoE, SwitchMoE
 from moefx.passes import find
+from moefx.passes._gates import GateSystem
 from moefx.passes._lift import Lifter
 from moefx.passes.capture import capture
-from moefx.passes.find import GateSystem
 from torch import Tensor, nn
 
 from moefx import probe

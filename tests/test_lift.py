@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moefx.passes import find
+from moefx.passes._experts import Bank, Evaluator, banks, depth_of, expert_groups
 from moefx.passes._lift import DATA, ZERO, Lifter
+from moefx.passes._template import write_template
 from moefx.passes.capture import capture
 from torch import Tensor, nn
 
@@ -187,37 +188,37 @@ def run(module: nn.Module, *inputs: Tensor, experts: frozenset[str] | None = Non
     return twin, lifter, trace.result[0][0].tensor
 
 
-def lifted(module: nn.Module) -> tuple[Lifter, find.Bank]:
+def lifted(module: nn.Module) -> tuple[Lifter, Bank]:
     """As the pipeline does: once for all parameters, and again for the group of experts that was seen."""
     x = torch.randn(T, D, dtype=torch.float64)
     first = run(module, x)[1]
-    lifter = run(module, x, experts=find.expert_groups(first)[0])[1]
-    return lifter, find.banks(lifter)[0]
+    lifter = run(module, x, experts=expert_groups(first)[0])[1]
+    return lifter, banks(lifter)[0]
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_gives_the_same_template(name):
     spell, layout = SPELLINGS[name]
     lifter, bank = lifted(Parts(spell, **layout))
-    template, leaves = find.write_template(lifter, _without_gate(lifter, bank))
+    template, leaves = write_template(lifter, _without_gate(lifter, bank))
     assert str(template) == SWIGLU
     assert bank.experts == E and bank.stacked
     assert [leaf.shape for leaf in leaves] == [(D, H), (D, H), (H, D)]
 
 
-def _without_gate(lifter: Lifter, bank: find.Bank) -> find.Bank:
+def _without_gate(lifter: Lifter, bank: Bank) -> Bank:
     """Whether the weight was multiplied in already is the spelling's affair: `f` is what it weighs."""
     node = lifter.nodes[bank.tv]
     if node.kind != "gate":
         return bank
     ((child, _),) = node.children
-    return find.Bank(child, bank.bindings, bank.stacked)
+    return Bank(child, bank.bindings, bank.stacked)
 
 
 def test_interleaved_columns_are_the_same_function():
     """Columns taken after the product are columns of the matrix."""
     lifter, bank = lifted(Parts(interleaved, **FUSED))
-    template, leaves = find.write_template(lifter, _without_gate(lifter, bank))
+    template, leaves = write_template(lifter, _without_gate(lifter, bank))
     assert str(template) == SWIGLU
     assert [leaf.strides for leaf in leaves] == [(2 * H, 2), (2 * H, 2), (D, 1)]
     assert [leaf.offsets[0] for leaf in leaves] == [0, 1, 0]
@@ -249,7 +250,7 @@ class ListMoe(nn.Module):
 
 def test_listed_experts_give_it_too():
     lifter, bank = lifted(ListMoe(Expert))
-    template, leaves = find.write_template(lifter, _without_gate(lifter, bank))
+    template, leaves = write_template(lifter, _without_gate(lifter, bank))
     assert str(template) == SWIGLU
     assert not bank.stacked and leaves[0].params == tuple(f"experts.{e}.gate.weight" for e in range(E))
 
@@ -271,7 +272,7 @@ def test_bindings_are_the_experts_slices(name):
             gate, up, down = twin.gate[e].t(), twin.up[e].t(), twin.down[e].t()
         else:
             gate, up, down = twin.gate_up[e, :H].t(), twin.gate_up[e, H:].t(), twin.down[e].t()
-        made = find.Evaluator(lifter)(bank.tv, binding, x)
+        made = Evaluator(lifter)(bank.tv, binding, x)
         torch.testing.assert_close(made, (F.silu(x @ gate) * (x @ up)) @ down)
 
 
@@ -280,7 +281,7 @@ def test_bindings_are_the_experts_slices(name):
 
 def texts(module: nn.Module) -> str:
     lifter, bank = lifted(module)
-    return str(find.write_template(lifter, _without_gate(lifter, bank))[0])
+    return str(write_template(lifter, _without_gate(lifter, bank))[0])
 
 
 def mlp(*layers: nn.Module) -> Callable[[], nn.Module]:
@@ -343,7 +344,7 @@ def test_different_functions_do_not_share_a_template():
             self.experts[0] = mlp(nn.Tanh())()
 
     lifter, _ = lifted(Mixed())
-    deepest = [b for b in find.banks(lifter) if find._depth(lifter, b.tv) == 2]
+    deepest = [b for b in banks(lifter) if depth_of(lifter, b.tv) == 2]
     assert deepest and all(b.experts < E for b in deepest)
 
 

@@ -38,7 +38,8 @@ def test_all_parts_run(tmp_path: Path) -> None:
     assert code == 0, text
     assert not results["failed"]
     rows = results["rows"]
-    assert list(rows) == list(multi_gpu.PARTS)
+    assert list(rows) == [*multi_gpu.PARTS, "layers between nodes"]
+    assert [row["result"] for row in rows["nodes"]] == ["OK"] * 3, "nodes of one rank"
     assert len(rows["correctness"]) > 15
     assert {row["result"] for row in rows["correctness"]} == {"OK"}
     for row in rows["layers"]:

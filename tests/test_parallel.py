@@ -416,6 +416,50 @@ def test_ranks_that_differ_are_told(what: str, named: str) -> None:
 FEW = ["mixtral", "switch", "gpt_oss"]  # stacked; modules; interleaved with biases
 
 
+class LastAxis(nn.Module):
+    """Experts whose axis is the last one: no piece of dim 0 is whole experts."""
+
+    def __init__(self, width: int, experts: int = 4) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts)
+        self.up = nn.Parameter(torch.randn(width, 24, experts) / 4)
+        self.down = nn.Parameter(torch.randn(24, width, experts) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        w, ids = self.router(tokens).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(tokens)
+        for expert in range(self.up.shape[2]):
+            token, slot = (ids == expert).nonzero(as_tuple=True)
+            hidden = torch.relu(tokens[token] @ self.up[..., expert])
+            y = y.index_add(0, token, hidden @ self.down[..., expert] * w[token, slot, None])
+        return y.view_as(x)
+
+
+def stays_whole() -> tuple[list[tuple[str, ...]], list[str], dict[str, float], float]:
+    """Notes of the blocks, the parameters that were spread, errors against one process, and of gradients that are synced."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Embedding(VOCAB, WIDTH), LastAxis(WIDTH), BLOCKS["mixtral"](WIDTH)).double()
+    model, ids = copy.deepcopy(original), batch(dist.get_rank())
+    moefx.optimize(model, (ids,), moefx.Options(degree=2, policy="fifo"), mesh=dist.group.WORLD)
+    notes = [found.notes for found in moefx.explain(model).found]
+    spread = [name for name, _ in expert_parameters(model)]
+    errors = differences(original, model, batch(dist.get_rank() + 7, 12))
+    sync_gradients(model, dist.group.WORLD)
+    mean = original[1].up.grad.clone()  # of this rank's tokens
+    dist.all_reduce(mean)
+    return notes, spread, errors, relative(model[1].up.grad, mean / dist.get_world_size())
+
+
+def test_experts_that_cannot_be_spread_stay_whole() -> None:
+    results = run_ranks(2, stays_whole)
+    for notes, spread, _, synced in results:
+        assert [any("every rank keeps all experts: leaf" in note for note in of) for of in notes] == [True, False]
+        assert spread and all(name.startswith("2.") for name in spread)
+        assert synced < EXACT
+    assert_exact([errors for _, _, errors, _ in results])
+
+
 @pytest.mark.parametrize(("name", "experts"), [("mixtral", 5), ("switch", 3), ("gpt_oss", 3)])
 def test_ranks_without_experts(name: str, experts: int) -> None:
     """Three experts on four ranks, and five, of which the last rank gets none."""
@@ -576,10 +620,10 @@ def trained(kind: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", list(BUILDERS))
 def test_checkpoints_load_at_other_numbers_of_ranks(kind: str, tmp_path: Any) -> None:
-    """Saved by 3 ranks, loaded by 2 and by 1, and by a model that nobody optimised."""
+    """Saved by 4 ranks, of which one has no experts; loaded by 2 and by 1, and by a model that nobody optimised."""
     import torch.distributed.checkpoint as checkpoint
 
-    run_ranks(3, save, kind, str(tmp_path))
+    run_ranks(4, save, kind, str(tmp_path))
     expected = trained(kind)
     for ranks in (2, 1):
         for state in run_ranks(ranks, load, kind, str(tmp_path)):

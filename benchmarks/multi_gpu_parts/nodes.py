@@ -1,4 +1,4 @@
-"""Pairs of GPUs as nodes, with links between them that are emulated: exchanges, and layers over them."""
+"""Pairs of GPUs (of two GPUs each one) as nodes, with links between them that are emulated: exchanges, and layers over them."""
 
 from __future__ import annotations
 
@@ -131,22 +131,24 @@ NODE_TOKENS = (4096, 16384, 32768)
 
 
 def nodes(bench: Bench) -> None:
-    if bench.world < 4 or bench.world % 2:
-        skipped = {"result": f"skipped: needs 4, 6 or 8 ranks, there are {bench.world}"}
+    if bench.world % 2:
+        skipped = {"result": f"skipped: needs 2, 4, 6 or 8 ranks, there are {bench.world}"}
         bench.row("nodes", "pairs of ranks as nodes", lambda: skipped)
         return
+    mates = min(2, bench.world // 2)
     for name, make in (("throttled_pipe", Throttled), ("throttled_one_by_one", OneByOne)):
         moefx.register_all_to_all(name, make)
-    topology = Topology(tuple(rank // 2 for rank in range(bench.world)))
+    topology = Topology(tuple(rank // mates for rank in range(bench.world)))
+    where = f"EMULATED links, {bench.world // mates} nodes of {mates}"
     samples: list[calibrate.Sample] = []
     for mebibytes in (0.01, 0.1, 1) if bench.toy else (1, 4, 16, 64):
         row = partial(exchange_row, bench, topology, mebibytes)
-        cells = bench.row("nodes", f"EMULATED links, {bench.world // 2} nodes of 2, {mebibytes} MiB a pair", row, reserve_s=5)
+        cells = bench.row("nodes", f"{where}, {mebibytes} MiB a pair", row, reserve_s=5)
         if "_seconds" in cells:
             samples.append(calibrate.Sample(mebibytes * 2**20 * (bench.world - 1), (cells["_seconds"]["throttled_pipe"],)))
     if len(samples) < 3:
         skipped = {"result": "skipped: the links' costs take three of the exchanges' rows"}
-        bench.row("layers between nodes", "EMULATED links", lambda: skipped)
+        bench.row("layers between nodes", where, lambda: skipped)
         return
     line = {"all_to_all:throttled_pipe": calibrate.line_of(samples, "wire_bytes")}
     shapes, sizes = (TOY_LAYERS, TOY_TOKENS) if bench.toy else (NODE_LAYERS, NODE_TOKENS)
@@ -154,4 +156,4 @@ def nodes(bench: Bench) -> None:
         shape = Shape(bench, layer, line, topology)
         for tokens in sizes:
             row = partial(layer_row, bench, shape, tokens, "throttled_pipe")
-            bench.row("layers between nodes", f"EMULATED links, {name} ({layer}) T={tokens}", row, reserve_s=15)
+            bench.row("layers between nodes", f"{where}, {name} ({layer}) T={tokens}", row, reserve_s=15)
