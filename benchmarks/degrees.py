@@ -143,7 +143,8 @@ def at_once(work: Callable[[], Any], beside: Callable[[], Any]) -> Callable[[], 
 
 
 def in_turns(works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median seconds of each on the slowest rank; one run of each a round, after one that does not count."""
+    """Median seconds of each on the slowest rank; one run of each a round, in one order and the other, after one that does not
+    count."""
     return [statistics.median(times) for times in all_turns(works, rounds)]
 
 
@@ -151,7 +152,7 @@ def all_turns(works: Sequence[Callable[[], Any]], rounds: int) -> list[list[floa
     """The same, round by round."""
     seconds: list[list[float]] = [[] for _ in works]
     for turn in range(rounds + 1):
-        for times, work in zip(seconds, works):
+        for times, work in list(zip(seconds, works))[:: -1 if turn % 2 else 1]:
             dist.barrier()
             began = time.perf_counter()
             work()

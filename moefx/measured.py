@@ -162,6 +162,7 @@ def measure(
     turn(left)  # which also prepares
     while rounds < ROUNDS or (rounds < MOST_ROUNDS and spent_s < MEASURED_S and (len(left) > 1 or not compared)):
         rounds += 1
+        left.reverse()  # what runs behind another may find it in its way
         for name, times in zip(left, turn(left)):
             found[name].append(times)
             spent_s += times[-1]
