@@ -50,9 +50,11 @@ def selecting(
     tokens = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
     if tokens is None or kernels == "torch" or not (tokens.is_cuda or kernels == "triton"):
         return contextlib.nullcontext()
+    if torch.compiler.is_compiling() or _always[0]:  # before sizes are compared, which would bind a graph to them
+        return Selecting(kernels)
     features = tokens.numel()
     pays = features >= FEATURES or features // (width or tokens.shape[-1] or 1) * scores >= SCORES
-    if pays or _always[0] or torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if pays or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Selecting(kernels)
     return contextlib.nullcontext()
 

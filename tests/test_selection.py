@@ -235,6 +235,27 @@ def test_it_pays_for_many_scores_and_for_large_blocks(monkeypatch: pytest.Monkey
     assert not on(16, 64, "torch") and not on(16, 64, "auto"), "not on a CPU"
 
 
+def test_no_graph_depends_on_whether_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for any number of tokens, in which the kernel is always there."""
+    monkeypatch.setattr(selection, "SCORES", 64)
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    def route(x: Tensor) -> Tensor:
+        with selecting("triton", (x,), 8, 8):
+            return torch.topk(x, 2).values
+
+    torch._dynamo.reset()
+    compiled = torch.compile(route, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (5, 100):
+        x = torch.randn(tokens, 8)
+        assert torch.equal(compiled(x), torch.topk(x, 2).values)
+    assert [sum("topk" in str(n.target) for n in gm.graph.nodes) for gm in graphs] == [1]
+
+
 class Router(nn.Module):
     def __init__(self) -> None:
         super().__init__()
