@@ -15,9 +15,9 @@ import json
 import random
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,13 @@ def exchange_of(name: str) -> Any:
 
 
 def at_once(work: Callable[[], Any], beside: Callable[[], Any]) -> Callable[[], Any]:
-    """Both, in two threads: neither waits for what the other makes."""
+    """Both, in two threads: neither waits for what the other makes. What fails in either is raised."""
 
     def run() -> None:
-        other = threading.Thread(target=beside)
-        other.start()
-        work()
-        other.join()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(beside)
+            work()
+            other.result()
 
     return run
 
