@@ -89,8 +89,9 @@ def _told(what: str, runs: Mapping[Any, Runs]) -> str:
 
 
 def candidates(chosen: int, capacity: int) -> list[int]:
-    """The degrees to measure: r = 1, 2, 3, 4, 8, the chosen one, half and twice of it, as far as there are rows for them."""
-    return sorted({r for r in (1, 2, 3, 4, 8, chosen, chosen // 2, 2 * chosen) if 1 <= r <= max(1, capacity)})
+    """The degrees to measure: r = 1, 2, 3, 4, 8, the chosen one and those about it, as far as there are rows for them."""
+    about = chosen // 2, chosen - 1, chosen, chosen + 1, 2 * chosen
+    return sorted({r for r in (1, 2, 3, 4, 8, *about) if 1 <= r <= max(1, capacity)})
 
 
 def fastest(runs: Mapping[Chosen, Runs], decided: Chosen) -> Chosen:

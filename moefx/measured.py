@@ -29,7 +29,7 @@ from moefx.parallel_region import ParallelRegion
 Name = TypeVar("Name", bound=Hashable)
 
 # Rounds that are measured, after one that is not: more where they are short, and noise is larger.
-ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 30, 4.0
+ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 30, 8.0
 CLOSE = 0.02  # what is slower by less than this has more rounds, however certain it seems
 CHUNKS = (1, 4, 16)  # of the plans that show what is computed in so many
 STEP = "step"  # forward, and backward right behind it

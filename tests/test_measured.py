@@ -24,7 +24,8 @@ from moefx.measured import AtOnce, Runs, _left
 
 def test_the_degrees_around_the_chosen_one():
     assert candidates(1, 64) == [1, 2, 3, 4, 8]
-    assert candidates(6, 64) == [1, 2, 3, 4, 6, 8, 12]
+    assert candidates(4, 64) == [1, 2, 3, 4, 5, 8]
+    assert candidates(6, 64) == [1, 2, 3, 4, 5, 6, 7, 8, 12]
     assert candidates(3, 3) == [1, 2, 3]
     assert candidates(1, 0) == [1]
 

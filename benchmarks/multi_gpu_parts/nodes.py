@@ -123,11 +123,14 @@ def exchange_row(bench: Bench, topology: Topology, mebibytes: float) -> dict[str
     return bench.judged("nodes", f"{mebibytes} MiB", cells, passed)
 
 
+# From links that wait for experts to experts that wait for links; Arctic's layer is the one where both take about as long.
 NODE_LAYERS = {
-    "phi-3.5-moe": Layer(4096, 6400, 16, 2), "mixtral": LAYERS["mixtral"],
-    "deepseek-v3, 64 experts": LAYERS["deepseek-v3, 64 experts"],
-}  # fmt: skip
-NODE_TOKENS = (4096, 16384, 32768)
+    "mixtral": (LAYERS["mixtral"], (4096, 16384)),
+    "phi-3.5-moe": (Layer(4096, 6400, 16, 2), (4096, 16384, 32768)),
+    "arctic, 32 experts": (Layer(7168, 4864, 32, 2), (4096, 16384, 32768)),
+    "deepseek-v3, 64 experts": (LAYERS["deepseek-v3, 64 experts"], (4096, 8192)),
+}
+EXCHANGED_MIB = (1, 4, 16, 64, 256)  # a pair of ranks; `line_of` fits every second
 
 
 def nodes(bench: Bench) -> None:
@@ -141,7 +144,7 @@ def nodes(bench: Bench) -> None:
     topology = Topology(tuple(rank // mates for rank in range(bench.world)))
     where = f"EMULATED links, {bench.world // mates} nodes of {mates}"
     samples: list[calibrate.Sample] = []
-    for mebibytes in (0.01, 0.1, 1) if bench.toy else (1, 4, 16, 64):
+    for mebibytes in (0.01, 0.1, 1) if bench.toy else EXCHANGED_MIB:
         row = partial(exchange_row, bench, topology, mebibytes)
         cells = bench.row("nodes", f"{where}, {mebibytes} MiB a pair", row, reserve_s=5)
         if "_seconds" in cells:
@@ -151,8 +154,9 @@ def nodes(bench: Bench) -> None:
         bench.row("layers between nodes", where, lambda: skipped)
         return
     line = {"all_to_all:throttled_pipe": calibrate.line_of(samples, "wire_bytes")}
-    shapes, sizes = (TOY_LAYERS, TOY_TOKENS) if bench.toy else (NODE_LAYERS, NODE_TOKENS)
-    for name, layer in shapes.items():
+    bench.log(f"exchanges between nodes: {line}")
+    toys = {name: (layer, TOY_TOKENS) for name, layer in TOY_LAYERS.items()}
+    for name, (layer, sizes) in (toys if bench.toy else NODE_LAYERS).items():
         shape = Shape(bench, layer, line, topology)
         for tokens in sizes:
             row = partial(layer_row, bench, shape, tokens, "throttled_pipe")
