@@ -82,7 +82,7 @@ def symmetric(bench: Bench) -> None:
     if reason := why_not_symmetric(bench):
         bench.row("symmetric", "all_to_all_vdev_2d", lambda: {"result": f"not available: {reason}"})
         return
-    layer = NODE_LAYERS["phi-3.5-moe"]
+    layer, _ = NODE_LAYERS["phi-3.5-moe"]
     if layer.experts % bench.world or layer.experts // bench.world > MOST_SYMMETRIC:
         why = {"result": f"skipped: {layer.experts} experts on {bench.world} ranks; it takes up to {MOST_SYMMETRIC} a rank, evenly"}
         bench.row("symmetric", "all_to_all_vdev_2d", lambda: why)
