@@ -16,6 +16,7 @@ from moefx.probe import (
     bind,
     draw,
     guess_experts,
+    own_cores,
     plain_einsum,
     probe_copy,
     random_like,
@@ -341,3 +342,20 @@ def test_einsum_is_followed_in_the_order_of_its_operands(monkeypatch):
     assert len(asked) == 1
     einsum()
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("ranks", "inside"), [(None, 1), ("2", 4), ("3", 2), ("16", 1)])
+def test_analysis_has_a_share_of_the_cores_under_torchrun(ranks: str | None, inside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.raises(Decline), own_cores():
+            assert torch.get_num_threads() == inside
+            raise Decline("whatever ends it")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
