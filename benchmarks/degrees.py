@@ -88,9 +88,7 @@ class Rank:
         }
         self.x = torch.randn(layer.tokens, d, generator=generator).requires_grad_()
         scores = torch.rand(layer.tokens, e, generator=generator)
-        # Balanced, as the cost model has it: every expert gets as many rows.
-        self.ids = (torch.arange(layer.tokens).unsqueeze(1) + torch.arange(layer.top_k)) % e
-        self.w = scores[:, : layer.top_k].contiguous()
+        self.w, self.ids = scores.topk(layer.top_k)
         self.gy = torch.randn(layer.tokens, d, generator=generator)
 
     def plan(self, options: moefx.Options) -> tuple[ParallelRegion, ParallelPlans]:

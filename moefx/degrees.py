@@ -65,7 +65,7 @@ def plans_for(
     trained = {name for name, p in params.items() if p.requires_grad}
 
     def measured(degrees: Iterable[Degrees], compared: Collection[str]) -> dict[str, dict[Degrees, Runs]]:
-        """Without capacity: rows that are spread evenly overflow nothing."""
+        """Without capacity: all rows travel."""
         made = {(f, b): plans_of(replace(options, degree=f, backward_degree=b, capacity=None)) for f, b in degrees}
         dropless = replace(wire, capacity=None)
         regions = {d: ParallelRegion(region, local, p, options.kernels, dropless) for d, p in made.items()}

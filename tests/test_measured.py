@@ -19,7 +19,7 @@ from test_parallel import EXACT, _profile_file, batch, differences, language_mod
 import moefx
 from moefx.degrees import candidates, fastest, matrices
 from moefx.errors import InputError
-from moefx.measured import AtOnce, Runs, _left
+from moefx.measured import AtOnce, Runs, _left, _random_experts
 
 
 def test_the_degrees_around_the_chosen_one():
@@ -71,6 +71,15 @@ def test_those_that_may_be_the_fastest_have_more_rounds():
     assert _left(runs, ["forward"]) == [1, 2, 3]
     assert _left(runs, ["backward"]) == [8]
     assert _left(runs, ["forward", "backward"]) == [1, 2, 3, 8]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(64, 8, 2), (1, 4, 4), (5, 2, 3)])
+def test_tokens_choose_different_experts_at_random(tokens: int, experts: int, top_k: int) -> None:
+    ids = _random_experts(tokens, experts, top_k, torch.Generator().manual_seed(0))
+    assert ids.shape == (tokens, top_k)
+    assert 0 <= ids.min() <= ids.max() < experts
+    assert all(len(row.unique()) == min(experts, top_k) for row in ids)
+    assert tokens < 64 or len(ids.flatten().bincount().unique()) > 1  # not evenly
 
 
 def test_the_option_is_a_switch():
