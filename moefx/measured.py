@@ -61,7 +61,7 @@ class Runs:
 
 class AtOnce:
     """An all-to-all that takes no time, to measure what a plan takes beside it: the rows that leave stand for those that come,
-    in the same memory, and zeros where there are too few.
+    in the same memory; where there are too few, those of an earlier call and zeros.
 
     messages: an all-to-all by which one row really goes from each of the `ranks` to each, for what it costs to start messages
     and to await them; None: nothing travels.
@@ -70,18 +70,20 @@ class AtOnce:
     def __init__(self, messages: AllToAll | None = None, ranks: int = 0) -> None:
         self.messages, self.ones = messages, [1] * ranks
         self.small: dict[Any, Tensor] = {}  # rows that travel, by what they are
+        self.kept: dict[Any, Tensor] = {}  # rows for calls in which more come than leave
 
     def start(self, send: Tensor, sent_rows: Sequence[int], received_rows: Sequence[int], all_rows: Any = None) -> Arrived:
-        pending = None
+        pending, what = None, (send.shape[1], send.dtype, send.device)
         if self.messages is not None:
-            what = send.shape[1], send.dtype, send.device
             if what not in self.small:
                 self.small[what] = send.new_zeros(len(self.ones), send.shape[1])
             pending = self.messages.start(self.small[what], self.ones, self.ones, [self.ones] * len(self.ones))
-        missing = sum(received_rows) - len(send)
-        if missing > 0:
-            send = torch.cat([send, send.new_zeros(missing, send.shape[1])])
-        return Arrived(send[: sum(received_rows)], pending)
+        coming = sum(received_rows)
+        if coming <= len(send):
+            return Arrived(send[:coming], pending)
+        if what not in self.kept or len(self.kept[what]) < coming:  # kept, since making them takes time, too
+            self.kept[what] = torch.cat([send, send.new_zeros(coming - len(send), send.shape[1])])
+        return Arrived(self.kept[what][:coming], pending)
 
 
 @dataclass(frozen=True)

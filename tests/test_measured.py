@@ -147,17 +147,20 @@ def test_a_given_degree_stays() -> None:
 
 
 def at_once() -> list[bool]:
-    """The rows that leave are those that arrive, or as many of them as arrive, while one of each rank really travels."""
+    """The rows that leave are those that arrive, or as many of them as arrive, while one of each rank really travels. Where more
+    arrive, they lie in memory that stays."""
     exchange, travelled = make_all_to_all("direct", dist.group.WORLD), []
     start = exchange.start
     exchange.start = lambda send, *rows: (travelled.append((len(send), *rows)), start(send, *rows))[1]  # type: ignore[method-assign]
     send = torch.randn(5, 3)
-    equal = []
+    equal, at_once = [], AtOnce(exchange, 2)
     for coming in ([2, 3], [1, 1], [4, 4]):
-        rows = AtOnce(exchange, 2).start(send, [2, 3], coming).wait()
+        rows = at_once.start(send, [2, 3], coming).wait()
         equal.append(len(rows) == sum(coming) and torch.equal(rows[:5], send[: sum(coming)]) and not rows[5:].any())
-    return [*equal, travelled == [(2, [1, 1], [1, 1], [[1, 1], [1, 1]])] * 3]
+    again = at_once.start(send, [2, 3], [4, 2]).wait()
+    equal.append(len(again) == 6 and again.data_ptr() == rows.data_ptr())
+    return [*equal, travelled == [(2, [1, 1], [1, 1], [[1, 1], [1, 1]])] * 4]
 
 
 def test_an_exchange_that_takes_no_time() -> None:
-    assert run_ranks(2, at_once) == [[True] * 4] * 2
+    assert run_ranks(2, at_once) == [[True] * 5] * 2
