@@ -457,3 +457,38 @@ def test_training_runs_alike(make: Callable[[], nn.Module]) -> None:
         curves.append(curve)
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[0][-1] < curves[0][0]
+
+
+# ------------------------------------------------------------------------------------------------ several GPUs, one process
+
+
+class OnItsGpu(nn.Module):
+    """A layer whose inputs are moved to where it lies, as accelerate's hooks do: the current device stays what it was."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.device = torch.device("cuda", index)
+        self.moe = MixtralMoE(64, hidden=32, experts=4).to(self.device, torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.device) + self.moe(x.to(self.device))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_two_gpus_of_which_one_is_current() -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(OnItsGpu(0), OnItsGpu(1))
+    mine = copy.deepcopy(original)
+    moefx.optimize(mine, (torch.randn(3, 5, 64, dtype=torch.bfloat16),))
+    assert blocks_of(mine) == ["0.moe", "1.moe"]
+    for shape in ((2, 9, 64), (1, 300, 64), (2, 9, 64)):  # the last one from tapes, where a device has them
+        x = torch.randn(shape, dtype=torch.bfloat16)
+        theirs, ours = original(x), mine(x)
+        assert ours.device == theirs.device == torch.device("cuda", 1)
+        assert relative(ours, theirs) < 5e-2
+        expected = grads_of(original, theirs.float().square().sum())
+        for name, gradient in grads_of(mine, ours.float().square().sum()).items():
+            assert gradient is not None and gradient.device == expected[name].device  # type: ignore[union-attr]
+            assert relative(gradient, expected[name]) < 5e-2, name
+    assert torch.cuda.current_device() == 0
