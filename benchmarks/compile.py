@@ -10,8 +10,9 @@ that of the first is a failure, as is a row of moefx in which not every block is
 The row "bound" is the compiled model without its experts, plus the FLOPs of the experts at the matmul ceiling: what no way to
 run the experts can pass, since all the rest is the same in every compiled row.
 
---quick: fewer layers and rounds. --toy: small sizes in float32 on the CPU, to see that it runs. $OUT, if set, is a folder
-that gets the table, the numbers (compile.json) and what moefx.explain says.
+--quick: fewer layers and rounds. --toy: small sizes in float32 on the CPU, to see that it runs. --kernels: the kernels of one
+training step of every row, the longest first. $OUT, if set, is a folder that gets the table, the numbers (compile.json) and
+what moefx.explain says.
 """
 
 from __future__ import annotations
@@ -259,6 +260,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is made ready any more")
     parser.add_argument("--cold", nargs="*", choices=list(ROWS), help="the rows whose first calls are timed: all that compile")
     parser.add_argument("--together", action="store_true", help="processes of first calls side by side: sooner, their times longer")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--first-calls", type=Path, help=argparse.SUPPRESS)  # what these processes do
@@ -338,7 +340,27 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
                 fail(name, error)
         if turn:  # so that a run that is stopped leaves what it has
             write(options, made, results, explained)
+    if options.kernels:
+        for name, call in calls.items():
+            print(f"{name}\n{kernels(made, call)}\n")
     print(table_of(options, made, results))
+
+
+def kernels(made: Model, call: Callable[..., Any]) -> str:
+    """The kernels of one training step (on the CPU, its operators): milliseconds, how often, the name; from 0.5 % on."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = made.device == "cuda"
+    made.model.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        train(call, made.inputs)
+        synchronise(made.device)
+    events = profiler.key_averages()
+    times = [(e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key) for e in events]
+    whole = sum(us for us, *_ in times)
+    most = sorted((t for t in times if t[0] > whole / 200), reverse=True)
+    lines = [f"{1e-3 * us:9.3f} ms {count:5d} x {name[:110]}" for us, count, name in most]
+    return "\n".join([f"{1e-3 * whole:9.3f} ms in all", *lines])
 
 
 def one_turn(made: Model, call: Callable[..., Any], result: Result, counts: bool) -> None:

@@ -79,10 +79,10 @@ def symmetric_row(bench: Bench, layer: Layer, tokens: int) -> dict[str, Any]:
 
 
 def symmetric(bench: Bench) -> None:
+    layer, _ = NODE_LAYERS["phi-3.5-moe"]
     if reason := why_not_symmetric(bench):
         bench.row("symmetric", "all_to_all_vdev_2d", lambda: {"result": f"not available: {reason}"})
         return
-    layer, _ = NODE_LAYERS["phi-3.5-moe"]
     if layer.experts % bench.world or layer.experts // bench.world > MOST_SYMMETRIC:
         why = {"result": f"skipped: {layer.experts} experts on {bench.world} ranks; it takes up to {MOST_SYMMETRIC} a rank, evenly"}
         bench.row("symmetric", "all_to_all_vdev_2d", lambda: why)
