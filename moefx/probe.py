@@ -160,7 +160,7 @@ def own_cores() -> Iterator[None]:
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """Analysis runs outside of the caller's inference_mode, no_grad and autocast."""
+    """Analysis runs outside of the caller's inference_mode, no_grad and autocast, on this rank's share of the cores."""
     with torch.inference_mode(False), torch.enable_grad(), own_cores(), contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
