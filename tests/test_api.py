@@ -468,7 +468,7 @@ class OnItsGpu(nn.Module):
     def __init__(self, index: int) -> None:
         super().__init__()
         self.device = torch.device("cuda", index)
-        self.moe = MixtralMoE(64, hidden=32, experts=4).to(self.device, torch.bfloat16)
+        self.moe = MixtralMoE(64, hidden=32, experts=4).to(self.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.to(self.device) + self.moe(x.to(self.device))
@@ -480,15 +480,15 @@ def test_layers_on_two_gpus_of_which_one_is_current() -> None:
     torch.manual_seed(0)
     original = nn.Sequential(OnItsGpu(0), OnItsGpu(1))
     mine = copy.deepcopy(original)
-    moefx.optimize(mine, (torch.randn(3, 5, 64, dtype=torch.bfloat16),))
+    moefx.optimize(mine, (torch.randn(3, 5, 64),))
     assert blocks_of(mine) == ["0.moe", "1.moe"]
     for shape in ((2, 9, 64), (1, 300, 64), (2, 9, 64)):  # the last one from tapes, where a device has them
-        x = torch.randn(shape, dtype=torch.bfloat16)
+        x = torch.randn(shape)
         theirs, ours = original(x), mine(x)
         assert ours.device == theirs.device == torch.device("cuda", 1)
-        assert relative(ours, theirs) < 5e-2
+        assert relative(ours, theirs) < 1e-4
         expected = grads_of(original, theirs.float().square().sum())
         for name, gradient in grads_of(mine, ours.float().square().sum()).items():
             assert gradient is not None and gradient.device == expected[name].device  # type: ignore[union-attr]
-            assert relative(gradient, expected[name]) < 5e-2, name
+            assert relative(gradient, expected[name]) < 1e-4, name
     assert torch.cuda.current_device() == 0

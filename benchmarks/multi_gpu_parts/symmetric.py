@@ -69,6 +69,7 @@ def symmetric_row(bench: Bench, layer: Layer, tokens: int) -> dict[str, Any]:
     on_device()
     expected, (sizes, starts) = by_host(), received.tolist()
     pieces = torch.cat([out[start : start + size] for size, start in zip(sizes, starts)])
+    dist.barrier()  # a rank's next call writes into the others' `received` before it waits for them
     seconds = bench.in_turns({"on the device": on_device, "counts by the host": by_host}, bench.options.rounds)
     moved = send.nbytes * (ranks - 1) / ranks
     cells = {
