@@ -10,7 +10,8 @@ rank's. T tokens of this rank in rf chunks forward and rb backward. `counts` say
     received [rf, n, P, e]     rows from each rank for each of this rank's experts
     pairs [rf, n, P, P]        rows from each rank to each other, for all-to-alls that want to know
 
-  one beside the other in the last axis. Reading them is the only time the host waits for a GPU.
+  one beside the other in the last axis. Reading them is the only time the host waits for a GPU: when the first rows are to leave,
+  for the counts alone. What the plan has in between is launched by then.
 - `Padded`, a capacity C: each expert has room for C rows from each rank, which are chunks of C and travel whether there are
   that many or not. [P, e] on the device: rows from each rank for each expert here. The host reads nothing.
 """
@@ -190,6 +191,8 @@ class ParallelRuntime(Runtime):
 class Counted(ParallelRuntime):
     """Exactly the rows that are routed travel."""
 
+    _underway: torch.cuda.Event | None = None  # after which the counts are in the host's memory
+
     def counts(self, ids: Tensor) -> Tensor:
         """See the head of this file; ids outside [0, E) are sent nowhere."""
         forward, backward = self.degrees
@@ -209,12 +212,28 @@ class Counted(ParallelRuntime):
         received = received[..., :held].transpose(0, 1)  # [cells, P, e]
         self._made[self._lane, "there"] = self._by_chunk(received.view(forward, cells // forward, ranks, held))
         parts = (rows.flatten(1)[:, : self.wire.experts], received, pairs)
-        return torch.cat([part.flatten(1) for part in parts], 1).cpu().view(forward, cells // forward, -1)
+        return self._download(torch.cat([part.flatten(1) for part in parts], 1).view(forward, cells // forward, -1))
+
+    def _download(self, counts: Tensor) -> Tensor:
+        """The counts in the host's memory, where they are when they are `_read`."""
+        if self._device.type != "cuda":
+            return counts.cpu()
+        host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+        host.copy_(counts, non_blocking=True)
+        self._underway = torch.cuda.current_stream(self._device).record_event()
+        return host
+
+    def _read(self, counts: Tensor) -> Tensor:
+        """The counts, when they have come."""
+        if self._underway is not None:
+            self._underway.synchronize()
+            self._underway = None
+        return counts
 
     def parts(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """sent, received and, where the all-to-all wants them, pairs."""
         experts, ranks, held = self.wire.experts, self.wire.ranks, len(self.wire.held)
-        sent, received, pairs = counts.tensor_split([experts, experts + ranks * held], dim=-1)
+        sent, received, pairs = self._read(counts).tensor_split([experts, experts + ranks * held], dim=-1)
         known = pairs.unflatten(-1, (ranks, ranks)) if pairs.shape[-1] else None
         return sent, received.unflatten(-1, (ranks, held)), known
 
@@ -236,7 +255,7 @@ class Counted(ParallelRuntime):
                 [sum(rows[i : i + held]) for i in range(experts, pairs, held)] if held else [0] * ranks,
                 [rows[i : i + ranks] for i in range(pairs, len(rows), ranks)] or None,
             )
-            for rows in self._by_chunk(counts).tolist()
+            for rows in self._by_chunk(self._read(counts)).tolist()
         ]
 
     # -------------------------------------------------------------------------------------------- orders
