@@ -2,8 +2,8 @@
 
 The model ranks degrees by lines that were fitted one kind of work at a time. What a layer computes besides products, what a
 chunk more costs it, and what runs slower beside an exchange, is seen only in plans that run. They run here on the real
-parameters, and tokens choose experts at random: rows that are spread evenly fill the tiles of kernels in 1, 2, 4 chunks
-and not in 3, which routing does not.
+parameters, and tokens choose experts at random, anew in each round: rows that are spread evenly fill the tiles of kernels in
+1, 2, 4 chunks and not in 3, and what one routing takes in so many chunks differs from another by up to a tenth.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -145,18 +146,19 @@ def measure(
     generator = torch.Generator(device).manual_seed(group.rank())
     widths = region.d_model, region.d_out
     x, gy = (torch.randn(tokens, width, generator=generator, device=device, dtype=dtype) for width in widths)
-    ids = _random_experts(tokens, region.experts, region.top_k, generator)
-    w = torch.full(ids.shape, 1 / region.top_k, dtype=dtype, device=device)
+    w = torch.full((tokens, region.top_k), 1 / region.top_k, dtype=dtype, device=device)
+    draw = partial(_random_experts, tokens, region.experts, region.top_k, generator)
     if experts_of(region.experts, group.size(), group.size() - 1):  # else a rank has nothing to compile, and others wait for it
         for compiled in regions.values():
             names = compiled.binder.names
-            compiled.precompile(x, ids, w, {n: params[n].detach() for n in names}, [[n for n in names if n in trained]])
+            compiled.precompile(x, draw(), w, {n: params[n].detach() for n in names}, [[n for n in names if n in trained]])
     phases = PHASES[:1] if set(compared) == {"forward"} else PHASES
-    steps = {name: _step(compiled, x, ids, w, gy, params, trained)[: len(phases)] for name, compiled in regions.items()}
     found: dict[Name, list[list[float]]] = {name: [] for name in regions}  # by round: each phase, and the sum
 
     def turn(names: Sequence[Name]) -> list[list[float]]:
-        seconds = [_timed(steps[name], device, group) for name in names]
+        ids = draw()
+        steps = [_step(regions[name], x, ids, w, gy, params, trained)[: len(phases)] for name in names]
+        seconds = [_timed(step, device, group) for step in steps]
         slowest = torch.tensor([[*times, sum(times)] for times in seconds], dtype=torch.float64, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group)  # so that all ranks go on with the same
         return slowest.tolist()  # type: ignore[no-any-return]

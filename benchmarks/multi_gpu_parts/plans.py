@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -101,15 +102,21 @@ class Spread:
         plans = plans_for(*here, wire, options, self.profile, self.times.get(tokens, {}))
         return ParallelRegion(self.region, self.held.region, plans, "auto", wire), plans.timelines
 
+ROUTINGS = 7  # of a batch: two calls that prepare, and five rounds, in which all that is compared has the same ones
+
 
 @dataclass
 class Batch:
-    """Tokens of this rank, their routing, and the gradient of the output."""
+    """Tokens of this rank, their routing, and the gradient of the output.
+
+    others: more ids and weights, for steps that are timed. One routing is faster by a tenth in this plan, another in that.
+    """
 
     x: Tensor
     ids: Tensor
     w: Tensor
     gy: Tensor
+    others: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 def own_weights(bench: Bench, layer: Layer, dtype: Any) -> dict[str, Tensor]:
@@ -124,8 +131,9 @@ def random_batch(bench: Bench, layer: Layer, tokens: int, dtype: Any) -> Batch:
     """Every token has K different experts, any of them with the same chance."""
     torch.manual_seed(1000 + bench.rank)
     x, gy = (torch.randn(tokens, layer.d_model, device=bench.device, dtype=dtype) for _ in range(2))
-    w, ids = torch.rand(tokens, layer.experts, device=bench.device).topk(layer.top_k)
-    return Batch(x.requires_grad_(), ids, (w / w.sum(1, keepdim=True)).to(dtype), gy)
+    draws = [torch.rand(tokens, layer.experts, device=bench.device).topk(layer.top_k) for _ in range(ROUTINGS)]
+    (ids, w), *others = [(ids, (w / w.sum(1, keepdim=True)).to(dtype)) for w, ids in draws]
+    return Batch(x.requires_grad_(), ids, w, gy, others)
 
 
 @contextmanager
@@ -153,12 +161,14 @@ def compile_kernels(regions: Iterable[Any], params: dict[str, Tensor], batch: Ba
 
 
 def step(region: Any, params: dict[str, Tensor], batch: Batch, reserve: int = 0) -> Callable[[], None]:
-    """Forward and backward, with gradients of tokens and weights."""
+    """Forward and backward, with gradients of tokens and weights; the next routing in each call."""
+    routings = cycle([(batch.ids, batch.w), *batch.others])
 
     def run() -> None:
+        ids, w = next(routings)
         for tensor in (batch.x, *params.values()):
             tensor.grad = None
         with beside(region, reserve):
-            region(batch.x, batch.ids, batch.w, params).backward(batch.gy)
+            region(batch.x, ids, w, params).backward(batch.gy)
 
     return run
