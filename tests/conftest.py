@@ -18,6 +18,7 @@ os.environ["MOEFX_NO_CACHE"] = "1"  # what earlier processes found would hide wh
 torch.set_num_threads(1)  # the models are tiny: on a shared machine threads cost ten times what they gain
 
 GOLDEN = Path(__file__).parent / "golden"
+LONGEST = ("test_triton_rerun", "test_multi_gpu")  # files that come first, so that no worker is alone with them at the end
 
 hypothesis.settings.register_profile("moefx", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("moefx")
@@ -30,7 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect slow tests without ``--full``, and skip gpu tests where there is no CUDA device."""
+    """Deselect slow tests without ``--full``, skip gpu tests where there is no CUDA device, and begin with the longest."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if not config.getoption("--full"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
