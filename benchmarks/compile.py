@@ -340,10 +340,14 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
                 fail(name, error)
         if turn:  # so that a run that is stopped leaves what it has
             write(options, made, results, explained)
+    whole = table_of(options, made, results)
     if options.kernels:
         for name, call in calls.items():
-            print(f"{name}\n{kernels(made, call)}\n")
-    print(table_of(options, made, results))
+            try:
+                print(f"{name}\n{kernels(made, call)}\n")
+            except Exception as error:  # noqa: BLE001 - the table is worth more than a profile
+                print(f"{name}: no profile: {error}\n")
+    print(whole)
 
 
 def kernels(made: Model, call: Callable[..., Any]) -> str:

@@ -20,6 +20,7 @@ compute the same function of different parameters needs no check, it is what equ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,6 +78,16 @@ class Node:
     name: str = ""
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+class Op(NamedTuple):
+    """What a Node of the template is, without its children."""
+
+    kind: str
+    name: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    width: int
 
 
 # Operators that move elements, and the arguments that hold the elements moved (the others are indices and sizes).
@@ -262,7 +273,8 @@ class Lifter(TorchDispatchMode):
         self._alive.extend(outputs)
         if any(self.is_tainted(t) for t in inputs):
             self._tainted.update(t.untyped_storage()._cdata for t in outputs)
-        self._follow(func, args, kwargs, result, inputs, outputs)
+        with torch._C._DisableTorchDispatch():  # no other mode needs to see how values are followed
+            self._follow(func, args, kwargs, result, inputs, outputs)
         return result
 
     def _follow(
@@ -371,8 +383,8 @@ class Lifter(TorchDispatchMode):
         valid = (handles == handles[:, :1]).all(-1) & regular & (handles[:, 0] > 0) & (step >= 0)
         keys = torch.stack([handles[:, 0], cols[:, 0], step], 1)
         keys = torch.where(valid[:, None], keys, torch.tensor([[-1, 0, 0]]))
-        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
-        numbers = [self._normal_row(h, col, s, width) if h > 0 else DATA for h, col, s in unique.tolist()]
+        unique, inverse = _distinct(keys)
+        numbers = [self._normal_row(h, col, s, width) if h > 0 else DATA for h, col, s in unique]
         rows = torch.tensor(numbers, dtype=torch.int64)[inverse] if numbers else torch.zeros(0, dtype=torch.int64)
         rows = torch.where((flat == ZERO).all(-1), ZERO, rows)
         return rows.reshape(c.shape[:-1])
@@ -419,19 +431,23 @@ class Lifter(TorchDispatchMode):
         ones = [a for a in range(codes.dim()) if codes.shape[a] == 1]
         return ones[-1] if ones else None
 
-    def _join(self, node: tuple[str, str, tuple[Any, ...], tuple[tuple[str, Any], ...], int], rows: list[Row]) -> int:
-        """The row `op(rows)`: DATA when the operands belong to different tokens or weights."""
+    def _join(self, op: Op, rows: Sequence[Row], joined: dict[Any, tuple[int, tuple[Piece, ...]]]) -> int:
+        """The row `op(rows)`: DATA when the operands belong to different tokens or weights.
+
+        joined: what was made of this operator before, by template values and bindings; most rows differ in the token alone.
+        """
         tokens = {r.token for r in rows if r.token is not None}
         gates = {r.gate for r in rows if r.gate is not None}
         if len(tokens) > 1 or len(gates) > 1:
             self.note("a pointwise operator mixes values of different tokens")
             return DATA
-        binding = tuple(dict.fromkeys(p for r in rows for p in r.binding))
-        place = {p: i for i, p in enumerate(binding)}
-        children = tuple((r.tv, tuple(place[p] for p in r.binding)) for r in rows)
-        kind, name, args, kwargs, width = node
-        number = self.node(Node(kind, width, children, name, args, kwargs))
-        return self.row(Row(number, binding, tokens.pop() if tokens else None, gates.pop() if gates else None))
+        key = tuple([(r.tv, r.binding) for r in rows])
+        if key not in joined:
+            binding = tuple(dict.fromkeys(p for r in rows for p in r.binding))
+            place = {p: i for i, p in enumerate(binding)}
+            children = tuple((r.tv, tuple(place[p] for p in r.binding)) for r in rows)
+            joined[key] = self.node(Node(op.kind, op.width, children, op.name, op.args, op.kwargs)), binding
+        return self.row(Row(*joined[key], tokens.pop() if tokens else None, gates.pop() if gates else None))
 
     # ------------------------------------------------------------------ rule 1: contraction with a parameter
 
@@ -635,8 +651,8 @@ class Lifter(TorchDispatchMode):
             else:
                 return None
         keys = torch.stack([c.reshape(-1).double() for c in columns], 1)
-        unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
-        numbers = [self._pointwise_row(u, is_gate, lifted, name, symbols, named, width) for u in unique.tolist()]
+        unique, inverse = _distinct(keys)
+        numbers = self._pointwise_rows(unique, is_gate, lifted, Op("op", name, symbols, named, width))
         rows = (
             torch.tensor(numbers, dtype=torch.int64)[inverse].reshape(rows_shape)
             if numbers
@@ -660,24 +676,31 @@ class Lifter(TorchDispatchMode):
         )
         return numbers[inverse].reshape(rows.shape[:-1]) if len(unique) else None
 
-    def _pointwise_row(
-        self, key: list[float], is_gate: list[bool], lifted: list[bool], name: str, symbols: Any, named: Any, width: int
-    ) -> int:
-        numbers = [int(k) for k, lft in zip(key, lifted) if lft]
-        if DATA in numbers:
+    def _pointwise_rows(self, keys: Sequence[Sequence[float]], is_gate: list[bool], lifted: list[bool], op: Op) -> list[int]:
+        """The results for operands given by the numbers of their rows, where `lifted`, else by their weights."""
+        places = [i for i, lft in enumerate(lifted) if lft]
+        if not any(is_gate):
+            order = {i: n for n, i in enumerate(places)}
+            op = op._replace(args=_renumber(op.args, order), kwargs=tuple((k, _renumber(v, order)) for k, v in op.kwargs))
+        joined: dict[Any, tuple[int, tuple[Piece, ...]]] = {}
+        numbers: list[int] = []
+        for key in keys:
+            members = [int(key[i]) for i in places]
+            if DATA in members or ZERO in members:
+                numbers.append(DATA if DATA in members else ZERO)
+            elif any(is_gate):
+                numbers.append(self._gated(members, [weight for weight, gate in zip(key, is_gate) if gate]))
+            else:
+                numbers.append(self._join(op, [self.rows[n] for n in members], joined))
+        return numbers
+
+    def _gated(self, members: Sequence[int], weights: Sequence[float]) -> int:
+        """A row times a weight: DATA where there are several of one or the other."""
+        row = self.rows[members[0]]
+        if len(members) != 1 or row.token is None or len(weights) != 1:
             return DATA
-        if ZERO in numbers:
-            return ZERO
-        rows = [self.rows[n] for n in numbers]
-        if any(is_gate):
-            weight = key[is_gate.index(True)]
-            if len(rows) != 1 or rows[0].token is None or sum(is_gate) != 1:
-                return DATA
-            node = Node("gate", self.nodes[rows[0].tv].width, ((rows[0].tv, tuple(range(len(rows[0].binding)))),))
-            return self.row(Row(self.node(node), rows[0].binding, rows[0].token, weight * (rows[0].gate or 1.0)))
-        order = {i: n for n, i in enumerate(i for i, lft in enumerate(lifted) if lft)}
-        args, kwargs = _renumber(symbols, order), tuple((k, _renumber(v, order)) for k, v in named)
-        return self._join(("op", name, args, kwargs, width), rows)
+        node = Node("gate", self.nodes[row.tv].width, ((row.tv, tuple(range(len(row.binding)))),))
+        return self.row(Row(self.node(node), row.binding, row.token, weights[0] * (row.gate or 1.0)))
 
     def _holds_rows(self, codes: Any) -> bool:
         """Whether codes contain values or dots (not parameters alone)."""
@@ -741,15 +764,17 @@ class Lifter(TorchDispatchMode):
             symbols = tuple(parts)
         vectors = [self.normalise(self._full(t), 0) for t in extra]
         unique, inverse = torch.unique(rows, return_inverse=True)
+        joined: dict[Any, tuple[int, tuple[Piece, ...]]] = {}
+        items: dict[Any, tuple[int, tuple[Piece, ...]]] = {}
         numbers = []
         for r in unique.tolist():
             members = [r, *(int(v) for v in vectors)]
             if min(members) <= 0 or name is None:
                 numbers.append(ZERO if r == ZERO else DATA)
                 continue
-            number = self._join(("op", name, symbols, named, width), [self.rows[m] for m in members])
+            number = self._join(Op("op", name, symbols, named, width), [self.rows[m] for m in members], joined)
             if base in ("native_layer_norm", "_fused_rms_norm") and number > 0:
-                number = self._join(("item", "", (0,), (), width), [self.rows[number]])
+                number = self._join(Op("item", "", (0,), (), width), [self.rows[number]], items)
             numbers.append(number)
         result = torch.tensor(numbers, dtype=torch.int64)[inverse]
         if not bool((result > 0).any()):
@@ -765,6 +790,13 @@ def hash_rows(rows: Tensor) -> Tensor:
     factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) | 1
     mixed = (bits ^ (bits >> 29)) * factors
     return (mixed ^ (mixed >> 31)).sum(-1)
+
+
+def _distinct(keys: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
+    """The different rows of keys [N, n], and which of them each is; torch.unique takes six times as long for small N."""
+    rows = [tuple(row) for row in keys.tolist()]
+    numbers = {row: n for n, row in enumerate(dict.fromkeys(rows))}
+    return list(numbers), torch.tensor([numbers[row] for row in rows], dtype=torch.int64)
 
 
 def _offsets(tensor: Tensor) -> Tensor:

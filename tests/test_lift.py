@@ -6,6 +6,7 @@ that the template, as text, comes out the same for all of them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from moefx.passes._lift import DATA, ZERO, Lifter
 from moefx.passes._template import write_template
 from moefx.passes.capture import capture
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefx.probe import probe_copy
 
@@ -422,6 +424,25 @@ def test_equal_rows_are_the_same_token():
     ids = lifter.token_ids(rows).tolist()
     assert ids[0] == ids[2] != ids[3] and ids[1] == ids[4] == 0 and min(ids[0], ids[3]) > 0
     assert lifter.token_ids(rows[3:4]).tolist() == [ids[3]]
+
+
+def test_other_modes_see_the_operators_of_the_block_alone():
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    twin = probe_copy(Once(lambda x, w: F.gelu(x @ w[0]) * 2.0, (E, D, D)))
+    x, seen = torch.randn(3, D, dtype=torch.float64), []
+    for inside in (contextlib.nullcontext(), Lifter(twin)):
+        with Seen() as mode, inside:
+            twin(x)
+        seen.append(mode.names)
+    assert seen[0] == seen[1] and seen[0]
 
 
 def test_what_stops_a_lift_is_noted():
