@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from moefx.probe import Emulated
 from moefx.trace import user_line
 
 DATA = -1
@@ -123,8 +123,11 @@ NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split())
 RANDOM = frozenset("bernoulli native_dropout rand_like randn_like uniform normal rand randn dropout".split())
 
 
-class Lifter(TorchDispatchMode):
-    """Follows one run of a block. `experts`: the parameters that may start a lift (None: all of them)."""
+class Lifter(Emulated):
+    """Follows one run of a block. `experts`: the parameters that may start a lift (None: all of them).
+
+    It emulates what it follows itself: below another mode, each of the small operators by which it follows would pass that, too.
+    """
 
     def __init__(self, module: nn.Module, experts: frozenset[str] | None = None) -> None:
         super().__init__()
@@ -267,14 +270,13 @@ class Lifter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         self._alive.extend(outputs)
         if any(self.is_tainted(t) for t in inputs):
             self._tainted.update(t.untyped_storage()._cdata for t in outputs)
-        with torch._C._DisableTorchDispatch():  # no other mode needs to see how values are followed
-            self._follow(func, args, kwargs, result, inputs, outputs)
+        self._follow(func, args, kwargs, result, inputs, outputs)
         return result
 
     def _follow(

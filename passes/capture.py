@@ -237,8 +237,8 @@ def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
 def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Any = None) -> Trace:
     """Runs `module(*args, **kwargs)` once and returns its Trace.
 
-    module: a private copy of the block on the CPU, without hooks. watch: a dispatch mode with a method
-    `is_tainted(tensor)`, active below the recording. Raises Decline when the block itself fails on these inputs.
+    module: a private copy of the block on the CPU, without hooks. watch: a mode that emulates as `Emulated` does and has a
+    method `is_tainted(tensor)`, active below the recording. Raises Decline when the block itself fails on these inputs.
     """
     recorder = Recorder(module, watch.is_tainted if watch is not None else lambda _t: False)
     leaves, _ = pytree.tree_flatten((args, kwargs))
@@ -249,9 +249,8 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     with (
         _observed(module, recorder),
         torch.enable_grad(),
-        Emulated(),
         plain_einsum(),
-        watch or contextlib.nullcontext(),
+        watch or Emulated(),
         recorder,
     ):
         try:
