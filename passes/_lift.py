@@ -795,7 +795,7 @@ def hash_rows(rows: Tensor) -> Tensor:
 
 
 def _distinct(keys: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
-    """The different rows of keys [N, n], and which of them each is; torch.unique takes six times as long for small N."""
+    """The different rows of keys [N, n], and which of them each is; torch.unique takes up to six times as long."""
     rows = [tuple(row) for row in keys.tolist()]
     numbers = {row: n for n, row in enumerate(dict.fromkeys(rows))}
     return list(numbers), torch.tensor([numbers[row] for row in rows], dtype=torch.int64)
