@@ -21,7 +21,7 @@ compute the same function of different parameters needs no check, it is what equ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,15 +80,8 @@ class Node:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
 
-class Op(NamedTuple):
-    """What a Node of the template is, without its children."""
-
-    kind: str
-    name: str
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-    width: int
-
+# By the template values and bindings of operands, what one operator makes of them.
+Joined = dict[Any, tuple[int, tuple[Piece, ...]]]
 
 # Operators that move elements, and the arguments that hold the elements moved (the others are indices and sizes).
 MOVES: dict[str, tuple[int, ...]] = {
@@ -433,10 +426,10 @@ class Lifter(Emulated):
         ones = [a for a in range(codes.dim()) if codes.shape[a] == 1]
         return ones[-1] if ones else None
 
-    def _join(self, op: Op, rows: Sequence[Row], joined: dict[Any, tuple[int, tuple[Piece, ...]]]) -> int:
+    def _join(self, op: Node, rows: Sequence[Row], joined: Joined) -> int:
         """The row `op(rows)`: DATA when the operands belong to different tokens or weights.
 
-        joined: what was made of this operator before, by template values and bindings; most rows differ in the token alone.
+        op: a node without children. joined: what it made before; most rows differ in the token alone.
         """
         tokens = {r.token for r in rows if r.token is not None}
         gates = {r.gate for r in rows if r.gate is not None}
@@ -448,7 +441,7 @@ class Lifter(Emulated):
             binding = tuple(dict.fromkeys(p for r in rows for p in r.binding))
             place = {p: i for i, p in enumerate(binding)}
             children = tuple((r.tv, tuple(place[p] for p in r.binding)) for r in rows)
-            joined[key] = self.node(Node(op.kind, op.width, children, op.name, op.args, op.kwargs)), binding
+            joined[key] = self.node(replace(op, children=children)), binding
         return self.row(Row(*joined[key], tokens.pop() if tokens else None, gates.pop() if gates else None))
 
     # ------------------------------------------------------------------ rule 1: contraction with a parameter
@@ -654,7 +647,7 @@ class Lifter(Emulated):
                 return None
         keys = torch.stack([c.reshape(-1).double() for c in columns], 1)
         unique, inverse = _distinct(keys)
-        numbers = self._pointwise_rows(unique, is_gate, lifted, Op("op", name, symbols, named, width))
+        numbers = self._pointwise_rows(unique, is_gate, lifted, Node("op", width, (), name, symbols, named))
         rows = (
             torch.tensor(numbers, dtype=torch.int64)[inverse].reshape(rows_shape)
             if numbers
@@ -678,13 +671,13 @@ class Lifter(Emulated):
         )
         return numbers[inverse].reshape(rows.shape[:-1]) if len(unique) else None
 
-    def _pointwise_rows(self, keys: Sequence[Sequence[float]], is_gate: list[bool], lifted: list[bool], op: Op) -> list[int]:
+    def _pointwise_rows(self, keys: Sequence[Sequence[float]], is_gate: list[bool], lifted: list[bool], op: Node) -> list[int]:
         """The results for operands given by the numbers of their rows, where `lifted`, else by their weights."""
         places = [i for i, lft in enumerate(lifted) if lft]
         if not any(is_gate):
             order = {i: n for n, i in enumerate(places)}
-            op = op._replace(args=_renumber(op.args, order), kwargs=tuple((k, _renumber(v, order)) for k, v in op.kwargs))
-        joined: dict[Any, tuple[int, tuple[Piece, ...]]] = {}
+            op = replace(op, args=_renumber(op.args, order), kwargs=tuple((k, _renumber(v, order)) for k, v in op.kwargs))
+        joined: Joined = {}
         numbers: list[int] = []
         for key in keys:
             members = [int(key[i]) for i in places]
@@ -766,17 +759,17 @@ class Lifter(Emulated):
             symbols = tuple(parts)
         vectors = [self.normalise(self._full(t), 0) for t in extra]
         unique, inverse = torch.unique(rows, return_inverse=True)
-        joined: dict[Any, tuple[int, tuple[Piece, ...]]] = {}
-        items: dict[Any, tuple[int, tuple[Piece, ...]]] = {}
+        joined: Joined = {}
+        items: Joined = {}
         numbers = []
         for r in unique.tolist():
             members = [r, *(int(v) for v in vectors)]
             if min(members) <= 0 or name is None:
                 numbers.append(ZERO if r == ZERO else DATA)
                 continue
-            number = self._join(Op("op", name, symbols, named, width), [self.rows[m] for m in members], joined)
+            number = self._join(Node("op", width, (), name, symbols, named), [self.rows[m] for m in members], joined)
             if base in ("native_layer_norm", "_fused_rms_norm") and number > 0:
-                number = self._join(Op("item", "", (0,), (), width), [self.rows[number]], items)
+                number = self._join(Node("item", width, args=(0,)), [self.rows[number]], items)
             numbers.append(number)
         result = torch.tensor(numbers, dtype=torch.int64)[inverse]
         if not bool((result > 0).any()):

@@ -79,7 +79,7 @@ def layer_row(bench: Bench, shape: Shape, tokens: int, all_to_all: str = "direct
     """Times of one layer at one size: every degree, `auto` as `optimize` has it, what the costs alone choose, and no wire."""
     spread, reserve = shape.spread, bench.options.reserve
     degrees, rounds = ((1, 2), 2) if bench.toy else (bench.options.degrees, bench.options.rounds)
-    batch = random_batch(bench, spread.layer, tokens, spread.dtype)
+    batch = random_batch(bench, spread.layer, tokens, spread.dtype, routings=2 + rounds)  # two calls prepare
     variants = {f"r={r}": moefx.Options(degree=r, all_to_all=all_to_all) for r in degrees}
     variants |= {"auto": moefx.Options(all_to_all=all_to_all), "costs": moefx.Options(all_to_all=all_to_all, measured=False)}
     plans = {name: spread.plan(options, tokens) for name, options in variants.items()}

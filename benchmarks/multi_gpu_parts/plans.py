@@ -102,8 +102,6 @@ class Spread:
         plans = plans_for(*here, wire, options, self.profile, self.times.get(tokens, {}))
         return ParallelRegion(self.region, self.held.region, plans, "auto", wire), plans.timelines
 
-ROUTINGS = 7  # of a batch: two calls that prepare, and five rounds, in which all that is compared has the same ones
-
 
 @dataclass
 class Batch:
@@ -127,11 +125,11 @@ def own_weights(bench: Bench, layer: Layer, dtype: Any) -> dict[str, Tensor]:
     return {n: t.mul_(t.shape[-1] ** -0.5).requires_grad_() for n, t in made.items()}
 
 
-def random_batch(bench: Bench, layer: Layer, tokens: int, dtype: Any) -> Batch:
+def random_batch(bench: Bench, layer: Layer, tokens: int, dtype: Any, routings: int = 1) -> Batch:
     """Every token has K different experts, any of them with the same chance."""
     torch.manual_seed(1000 + bench.rank)
     x, gy = (torch.randn(tokens, layer.d_model, device=bench.device, dtype=dtype) for _ in range(2))
-    draws = [torch.rand(tokens, layer.experts, device=bench.device).topk(layer.top_k) for _ in range(ROUTINGS)]
+    draws = [torch.rand(tokens, layer.experts, device=bench.device).topk(layer.top_k) for _ in range(routings)]
     (ids, w), *others = [(ids, (w / w.sum(1, keepdim=True)).to(dtype)) for w, ids in draws]
     return Batch(x.requires_grad_(), ids, w, gy, others)
 
