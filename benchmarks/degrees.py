@@ -87,9 +87,14 @@ class Rank:
             for n, w in whole.items()
         }
         self.x = torch.randn(layer.tokens, d, generator=generator).requires_grad_()
-        scores = torch.rand(layer.tokens, e, generator=generator)
-        self.w, self.ids = scores.topk(layer.top_k)
         self.gy = torch.randn(layer.tokens, d, generator=generator)
+        self.generator = generator
+        self.draw()
+
+    def draw(self) -> None:
+        """Experts for the tokens, and weights: new ones, as in every step of a model."""
+        scores = torch.rand(self.layer.tokens, self.layer.experts, generator=self.generator)
+        self.w, self.ids = scores.topk(self.layer.top_k)
 
     def plan(self, options: moefx.Options) -> tuple[ParallelRegion, ParallelPlans]:
         """As `optimize` has them: a degree that is "auto" is measured, unless the options say no."""
@@ -147,16 +152,17 @@ def at_once(work: Callable[[], Any], beside: Callable[[], Any]) -> Any:
     return result
 
 
-def in_turns(works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+def in_turns(rank: Rank, works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     """Median seconds of each on the slowest rank; one run of each a round, in one order and the other, after one that does not
-    count."""
-    return [statistics.median(times) for times in all_turns(works, rounds)]
+    count. Each round has a routing of its own: of one alone, what is fastest is also a matter of how that one falls into chunks."""
+    return [statistics.median(times) for times in all_turns(rank, works, rounds)]
 
 
-def all_turns(works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+def all_turns(rank: Rank, works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
     """The same, round by round."""
     seconds: list[list[float]] = [[] for _ in works]
     for turn in range(rounds + 1):
+        rank.draw()
         for times, work in list(zip(seconds, works))[:: -1 if turn % 2 else 1]:
             dist.barrier()
             began = time.perf_counter()
@@ -205,7 +211,7 @@ def sweep_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> tuple[str,
         )
         degrees = [r for r in range(1, DEGREES + 1) if r <= layer.sizes(dist.get_world_size()).capacity]
         made = [rank.plan(moefx.Options(degree=r)) for r in degrees]
-        turns = all_turns([rank.forward(region) for region, _ in made], rounds)
+        turns = all_turns(rank, [rank.forward(region) for region, _ in made], rounds)
         timelines = [plans.timelines[0] for _, plans in made]
         rows.append({
             "layer": asdict(layer), "costs": costs, "chosen": auto, "degrees": degrees, "turns": turns,
@@ -237,6 +243,9 @@ def sweep(options: argparse.Namespace) -> None:
             cells += [_share(apart), f"{100 * statistics.mean(apart):.1f} %", f"{100 * max(apart):.1f} %"]
             more = [f"{100 * statistics.median(errors):.1f} %", f"{statistics.mean(best):.2f}"] if name == "auto" else ["", ""]
             rows.append([rate, str(len(values)), name, *cells, *more])
+        values = [_regret_again(row) for row in found]
+        cells = [_share(values), f"{100 * statistics.mean(values):.1f} %", f"{100 * max(values):.1f} %"]
+        rows.append([rate, str(len(values)), "half the sweep", *cells, *[""] * 5])
     against = ["within 5 %", "mean regret", "worst"]
     head = ["link", "layers", "degree", *against, *(f"{name}, apart" for name in against), "error of the prediction", "best / r=1"]
     table(head, rows)
@@ -254,15 +263,22 @@ def _regret(row: dict[str, Any], pick: Callable[[dict[str, Any]], int]) -> float
     return row["seconds"][_at(row, pick(row))] / min(row["seconds"]) - 1
 
 
+def _halves(row: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
+    """The degrees' medians in one half of the rounds and in the other, both ways round."""
+    halves = [[statistics.median(times[h::2]) for times in row["turns"]] for h in (0, 1)]
+    return [(halves[0], halves[1]), (halves[1], halves[0])]
+
+
+def _regret_again(row: dict[str, Any]) -> float:
+    """Of a choice that tries every degree: the best one of one half of the rounds against the best one of the other, by the
+    times of the other. No choice can be expected to regret less."""
+    return statistics.mean(there[here.index(min(here))] / min(there) - 1 for here, there in _halves(row))
+
+
 def _regret_apart(row: dict[str, Any], pick: Callable[[dict[str, Any]], int]) -> float:
     """The regret against the degree that is best in one half of the rounds, by their times in the other half: the best of
     sixteen medians is also the luckiest, and here luck does not count. The mean of both ways round."""
-    regrets = []
-    for half in (0, 1):
-        here, there = ([statistics.median(times[h::2]) for times in row["turns"]] for h in (half, 1 - half))
-        best = min(range(len(here)), key=lambda i: here[i])
-        regrets.append(there[_at(row, pick(row))] / there[best] - 1)
-    return statistics.mean(regrets)
+    return statistics.mean(there[_at(row, pick(row))] / there[here.index(min(here))] - 1 for here, there in _halves(row))
 
 
 PICKS: dict[str, Callable[[dict[str, Any]], int]] = {
@@ -292,7 +308,7 @@ def gain_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> list[dict[s
         works = {"one": rank.step(one), "auto": rank.step(best), "compute": compute, "wire": wire, "free": free}
         works["compute forward"] = rank.forward(alone)
         rows.append({
-            "layer": asdict(layer), **dict(zip(works, in_turns(list(works.values()), rounds))),
+            "layer": asdict(layer), **dict(zip(works, in_turns(rank, list(works.values()), rounds))),
             "degrees": best.degrees, "predicted": sum(t.makespan_s for t in plans.timelines if t),
         })  # fmt: skip
     return rows
@@ -334,7 +350,7 @@ def ablation_rank(layer: Layer, rounds: int, scale: float) -> dict[str, float]:
         "schedule alone, r=2 fifo": {"degree": 2, "policy": "fifo"},
     }
     works = [rank.step(rank.plan(moefx.Options(**o))[0]) for o in steps.values()]
-    return dict(zip(steps, in_turns(works, rounds)))
+    return dict(zip(steps, in_turns(rank, works, rounds)))
 
 
 def ablation(options: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ few tokens GB/s of the weights of the experts that are hit; memory at the peak o
 parameter gradients. A turn is several calls one after another, so that the host launches while the GPU computes, as in a
 model; where the host is slower, its time counts. First all rounds of forwards, then all of steps: behind a step, which draws more
 power, the same forward takes a tenth longer. For few tokens a third time is that of the forward as a CUDA graph, where
-a peer can be captured, and the speed is that of the graph. The last column of moefx's rows of many tokens: its step with
-skewed routing (Zipf's popularity of experts), as a multiple of the step with even routing.
+a peer can be captured, and the speed is that of the graph; the row "floor" is what is left of it where nothing is computed: the
+bytes of the experts that are hit, read by one kernel a product, plus the model's router alone, compiled. The last column of
+moefx's rows of many tokens: its step with skewed routing (Zipf's popularity of experts), as a multiple of that with even routing.
 
 Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile; where they are
 installed Liger's experts (the `liger-kernel` package) in Hugging Face's block, and SonicMoE's layer (`sonic-moe`), both without
@@ -31,6 +32,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -251,23 +254,72 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
     }
 
 
-def graph_ms(layer: nn.Module, x: Tensor) -> float | None:
+def graph_ms(layer: Callable[[Tensor], Any], x: Tensor) -> float | None:
     """The forward as a CUDA graph, replayed; None for a peer that cannot be captured (its host waits for the GPU). The graph
     has several calls with tokens of their own, so that not the same experts' weights lie in the cache."""
-    side, inputs = torch.cuda.Stream(), [torch.randn_like(x).requires_grad_() for _ in range(CALLS)]
+    return captured_ms(layer, [torch.randn_like(x).requires_grad_() for _ in range(CALLS)])
+
+
+def captured_ms(run: Callable[[Any], Any], inputs: list[Any]) -> float | None:
+    """A call of `run`, of one graph with a call for each of the inputs."""
+    side = torch.cuda.Stream()
     with torch.no_grad():
         for each in inputs:
-            layer(each)
+            run(each)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=side):
                 for each in inputs:
-                    layer(each)
+                    run(each)
         except Exception:  # noqa: BLE001 - torch says so in several ways
             torch.cuda.synchronize()
             return None
-        return median(graph.replay, 15) / CALLS
+        return median(graph.replay, 15) / len(inputs)
+
+
+BLOCK, STEPS, LOADING_WARPS = 2048, 2, 8  # the fastest, or within 2 % of it, of eight ways to read a few experts on an H200
+
+
+@triton.jit
+def read_kernel(weights, ids, sums, size, EACH: tl.constexpr, STEPS: tl.constexpr):
+    """Reads the matrices weights [E, size] of the experts `ids`. Grid (size / (EACH * STEPS), how many ids)."""
+    start = weights + tl.load(ids + tl.program_id(1)).to(tl.int64) * size
+    total = tl.zeros((EACH,), dtype=tl.float32)
+    for step in tl.static_range(STEPS):
+        at = (tl.program_id(0) * STEPS + step) * EACH + tl.arange(0, EACH)
+        total += tl.load(start + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def floor_row(name: str, shape: Shape, tokens: int, layer: nn.Module, top: Ceiling) -> str:
+    """What few tokens cost where nothing is computed: the experts' bytes and the router. layer: the model's own."""
+    size = shape.d_model * shape.d_expert
+    up, down = (torch.randn(shape.experts, n * size, device="cuda", dtype=torch.bfloat16) for n in (2, 1))
+    hit = round(experts_hit(shape, tokens))
+    sums = torch.empty(hit * triton.cdiv(2 * size, BLOCK * STEPS), device="cuda")
+
+    def read(ids: Tensor) -> None:
+        for weights in (up, down):
+            grid = (triton.cdiv(weights.shape[1], BLOCK * STEPS), hit)
+            read_kernel[grid](weights, ids, sums, weights.shape[1], EACH=BLOCK, STEPS=STEPS, num_warps=LOADING_WARPS)
+
+    drawn = [torch.randperm(shape.experts, device="cuda")[:hit] for _ in range(CALLS)]
+    read_ms = captured_ms(read, drawn)
+    router = next(m for m in layer.block.children() if any(p.shape == (shape.experts, shape.d_model) for p in m.parameters()))
+    x = torch.randn(tokens, shape.d_model, device="cuda", dtype=torch.bfloat16)
+    router_ms = graph_ms(torch.compile(router, dynamic=False), x)
+    assert read_ms is not None and router_ms is not None
+    gb_per_s = 6 * hit * size / (read_ms + router_ms) / 1e6
+    return (
+        f"| {name} | {tokens} | floor | - / - / {read_ms:.3f} + {router_ms:.3f} | {gb_per_s:.0f} GB/s | "
+        f"{gb_per_s / top.gb_per_s:.0%} (reading alone {6 * hit * size / read_ms / 1e6 / top.gb_per_s:.0%}) | | | |"
+    )
+
+
+def experts_hit(shape: Shape, tokens: int) -> float:
+    """How many experts are expected to have a token, for uniform routing."""
+    return shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)
 
 
 def skew(layer: nn.Module, shape: Shape, tokens: int) -> str:
@@ -309,8 +361,7 @@ def rows(
     lines = []
     for peer, r in results.items():
         if tokens <= FEW_TOKENS:
-            hit = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** tokens)  # expected, for uniform routing
-            gb_per_s = 6 * hit * shape.d_model * shape.d_expert / (r.graph_ms or r.forward_ms) / 1e6
+            gb_per_s = 6 * experts_hit(shape, tokens) * shape.d_model * shape.d_expert / (r.graph_ms or r.forward_ms) / 1e6
             speed, share = f"{gb_per_s:.0f} GB/s", f"{gb_per_s / top.gb_per_s:.0%}"
         else:
             forward, both = flops / r.forward_ms / 1e9, 3 * flops / r.step_ms / 1e9
@@ -364,6 +415,8 @@ def main() -> None:
                 break
             results = measure(base, shape, tokens, options.rounds, options.slow)
             lines = rows(name, shape, tokens, results, top, partial(skew, base.get("moefx"), shape, tokens))
+            if tokens <= FEW_TOKENS and (plain := next((p for p in base if p.startswith("hf")), None)):
+                lines.append(floor_row(name, shape, tokens, base[plain], top))
             print("\n".join(lines), flush=True)
             head += lines
         del base

@@ -241,6 +241,8 @@ class Recorder(TorchDispatchMode):
                     return place.name, at - place.start
         storage = t.untyped_storage()._cdata
         around = [n for n, given in self.inputs.items() if given.untyped_storage()._cdata == storage]
+        if len(around) > 1:  # parameters that lie in one buffer
+            around = [n for n in around if 0 <= at - self.inputs[n].data_ptr() < _reach(self.inputs[n])]
         if len(around) != 1:
             raise NotOnTape("memory that is no input's alone, and was not taken here")
         return around[0], at - self.inputs[around[0]].data_ptr()
@@ -311,3 +313,8 @@ class Recorder(TorchDispatchMode):
 
 def _geometry(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, tuple(t.shape), t.stride()
+
+
+def _reach(t: Tensor) -> int:
+    """Bytes from a tensor's start to its end."""
+    return t.element_size() * (1 + sum(stride * (size - 1) for size, stride in zip(t.shape, t.stride())))

@@ -183,20 +183,35 @@ def settings_of(module: nn.Module, kept: tuple[str, ...]) -> tuple[tuple[str, st
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of a forward, for a binding of arguments that Dynamo can follow (`inspect` it cannot).
+    """The parameters of a forward, for a binding of arguments that Dynamo can follow (`inspect` it cannot), and is fast.
 
-    positional, keyword: names and defaults (`inspect.Parameter.empty` where there is none), `self` left out.
+    positional, keyword: names and defaults (`inspect.Parameter.empty` where there is none), `self` left out. known: the names
+    that keywords may have; None with **kwargs.
     """
 
     positional: tuple[tuple[str, Any], ...]
     keyword: tuple[tuple[str, Any], ...]
+    known: frozenset[str] | None = None
 
     @staticmethod
     def of(signature: inspect.Signature) -> Parameters:
         kinds = inspect.Parameter
         named = [(p.kind, (p.name, p.default)) for p in list(signature.parameters.values())[1:]]
         positional = [p for kind, p in named if kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
-        return Parameters(tuple(positional), tuple(p for kind, p in named if kind is kinds.KEYWORD_ONLY))
+        known = {name for kind, (name, _) in named if kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+        any_name = any(kind is kinds.VAR_KEYWORD for kind, _ in named)
+        keyword = tuple(p for kind, p in named if kind is kinds.KEYWORD_ONLY)
+        return Parameters(tuple(positional), keyword, None if any_name else frozenset(known))
+
+    def fit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether `normal_form` may be asked; False also for calls that only `inspect` can bind."""
+        given, missing = self.positional[: len(args)], (*self.positional[len(args) :], *self.keyword)
+        return (
+            len(args) <= len(self.positional)
+            and (self.known is None or self.known.issuperset(kwargs))
+            and not any(name in kwargs for name, _ in given)
+            and not any(default is inspect.Parameter.empty and name not in kwargs for name, default in missing)
+        )
 
     def normal_form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `probe.bind`, for arguments that fit."""
@@ -262,9 +277,7 @@ class RewrittenForward(OwnForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
-        bound = self.signature.bind(self.module, *args, **kwargs)
-        bound.apply_defaults()
-        flat_args, flat_kwargs = tuple(bound.args[1:]), dict(bound.kwargs)
+        flat_args, flat_kwargs = self._normal_form(args, kwargs)
         known = len(self.variants)
         variant = self.variant_for(flat_args, flat_kwargs)
         if len(self.variants) > known and isinstance(variant, Decline):
@@ -285,6 +298,14 @@ class RewrittenForward(OwnForward):
                 log.debug("where it failed", exc_info=error)
             self.failed = True
             return result
+
+    def _normal_form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `probe.bind`; raises TypeError, in Python's words, where the arguments do not fit."""
+        if self.parameters.fit(args, kwargs):
+            return self.parameters.normal_form(args, kwargs)
+        bound = self.signature.bind(self.module, *args, **kwargs)
+        bound.apply_defaults()
+        return tuple(bound.args[1:]), dict(bound.kwargs)
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`__call__` as Dynamo traces it, with the variants there are by now; what chooses among them becomes guards."""

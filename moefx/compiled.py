@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -126,12 +127,30 @@ class CompiledRegion:
         may_pack: bool = True,
     ) -> tuple[Tensor, Saved]:
         """y and, if `keep`, what backward needs, without recording gradients. may_pack: see `LeafBinder.bind`."""
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            leaves = self._bind(tensors, matrix_dtype, may_pack)
-            return self._again(
-                ("forward", keep), (x, ids, w, *leaves), x.device,
-                lambda: self.emitted.forward(self._runtime(x.device, "forward", keep), x, ids, w, leaves),
-            )  # fmt: skip
+        return self.forward_as(_as_it_is, x, ids, w, tensors, matrix_dtype, keep, may_pack)
+
+    def forward_as(
+        self,
+        form: Callable[[CompiledRegion, Tensor, Saved, bool], Made],
+        x: Tensor,
+        ids: Tensor,
+        w: Tensor,
+        tensors: list[Tensor],
+        matrix_dtype: torch.dtype | None,
+        keep: bool = True,
+        may_pack: bool = True,
+    ) -> Made:
+        """What `form` makes of `run_forward`'s y and saved values; a part of the tape, where there is one."""
+        with _quietly(x.device.type):
+            bound = None if self.binder.in_parameters else self._bind(tensors, matrix_dtype, may_pack)
+
+            def made() -> Made:
+                leaves = self._bind(tensors, matrix_dtype, may_pack) if bound is None else bound
+                y, saved = self.emitted.forward(self._runtime(x.device, "forward", keep), x, ids, w, leaves)
+                return form(self, y, saved, keep)
+
+            given = tensors if bound is None else bound
+            return self._again(("forward", form, keep, matrix_dtype), (x, ids, w, *given), x.device, made)
 
     def _again(
         self, flags: tuple[Any, ...], inputs: Sequence[Tensor | None], device: torch.device, body: Callable[[], Made]
@@ -172,19 +191,31 @@ class CompiledRegion:
         once: bool = False,
     ) -> tuple[Tensor | None, Tensor, LeafGradients]:
         """Gradients of x (None unless needed), of w, and of the parameters in blocks."""
-        names = self.binder.names
-        with torch.no_grad(), torch.autocast(gy.device.type, enabled=False):
-            leaves = self._bind(tensors, matrix_dtype, may_pack)
-            wanted_names = {name for name, want in zip(names, wanted) if want}
-            grads = self.binder.gradients(dict(zip(names, tensors)), wanted_names)
-            gx, gw = self._again(
-                ("backward", need_x, once), (*saved, gy, *leaves, *grads.leaves), gy.device,
-                lambda: self.emitted.backward(
-                    self._runtime(gy.device, "backward", once=once), saved, gy, leaves, grads.leaves, need_x
-                ),
-            )  # fmt: skip
-            grads.finish()
-        return gx, gw, grads
+        named = dict(zip(self.binder.names, tensors))
+        wanted_names = {name for name, want in zip(self.binder.names, wanted) if want}
+
+        def places() -> tuple[list[Tensor], LeafGradients]:
+            return self._bind(tensors, matrix_dtype, may_pack), self.binder.gradients(named, wanted_names)
+
+        with _quietly(gy.device.type):
+            bound = None if self.binder.in_parameters else places()
+
+            def made() -> tuple[Tensor | None, Tensor, list[Tensor]]:
+                leaves, grads = places() if bound is None else bound
+                runtime = self._runtime(gy.device, "backward", once=once)
+                gx, gw = self.emitted.backward(runtime, saved, gy, leaves, grads.leaves, need_x)
+                if bound is not None:
+                    return gx, gw, []
+                grads.finish()
+                return gx, gw, [block for _, block in grads.blocks]
+
+            given = tensors if bound is None else [*bound[0], *bound[1].leaves]
+            flags = ("backward", need_x, once, matrix_dtype, *wanted)
+            gx, gw, blocks = self._again(flags, (*saved, gy, *given), gy.device, made)
+            if bound is not None:
+                bound[1].finish()
+                return gx, gw, bound[1]
+        return gx, gw, LeafGradients([], list(zip(self.binder.blocks(named, wanted_names), blocks)), [])
 
     def shapes(
         self, x: Tensor, ids: Tensor, w: Tensor, tensors: list[Tensor], matrix_dtype: torch.dtype | None, ops: OpTable
@@ -209,6 +240,23 @@ class CompiledRegion:
             self._kernels = {name: kernel for name, kernel in made.items() if kernel}
             self.without_kernel = {name: kernel.reason for name, kernel in made.items() if not kernel}
         return self._kernels
+
+
+def _as_it_is(compiled: CompiledRegion, y: Tensor, saved: Saved, keep: bool) -> tuple[Tensor, Saved]:
+    return y, saved
+
+
+def _quietly(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Without gradients and autocast."""
+    if torch.is_autocast_enabled(device_type):
+        return _without_autocast(device_type)
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_autocast(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

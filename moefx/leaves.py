@@ -103,6 +103,9 @@ class LeafBinder:
         self.groups, self.loose = self._group()
         self._lattices: dict[tuple[int, int], Lattice] = {}
         self._direct: dict[tuple[Group, int], list[int]] = {}
+        self._blocks: dict[frozenset[str], list[tuple[str, ...]]] = {}
+        # Each leaf lies in one parameter: what is bound, and what gradients look like, follows from the parameters' geometry.
+        self.in_parameters = not self.loose and all(len(group.names) == 1 for group in self.groups)
 
     def _group(self) -> tuple[tuple[Group, ...], tuple[int, ...]]:
         """Leaves that share their list of parameters form a group; a parameter belongs to one group at most."""
@@ -182,6 +185,14 @@ class LeafBinder:
 
     def blocks(self, params: Mapping[str, Tensor], wanted: set[str]) -> list[tuple[str, ...]]:
         """The parameters whose gradients are made together, as one tensor [n, *shape]: those `wanted` and their kind."""
+        if not self.in_parameters:
+            return self._blocks_of(params, wanted)
+        key = frozenset(wanted)
+        if key not in self._blocks:
+            self._blocks[key] = self._blocks_of(params, wanted)
+        return self._blocks[key]
+
+    def _blocks_of(self, params: Mapping[str, Tensor], wanted: set[str]) -> list[tuple[str, ...]]:
         together = self._together(params, wanted)
         names = {name: None for group in together for name in group.names}
         apart = {n: None for i in self._apart(together, wanted) for n in self.leaves[i].params if n not in names}

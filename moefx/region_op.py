@@ -27,6 +27,7 @@ from torch.utils.flop_counter import _FlopCounterMode, register_flop_formula
 
 from moefx.compiled import CompiledRegion, Saved, autocast_dtype
 from moefx.errors import InputError, PlanError
+from moefx.operators import shorten
 from moefx.segments import Linear, steps, x_value
 from moefx.shape_ops import SHAPE_OPS
 
@@ -137,9 +138,7 @@ def _may_pack(params: Sequence[Tensor]) -> bool:
 def _routed(
     region: str, x: Tensor, ids: Tensor, w: Tensor, params: list[Tensor], matrix_dtype: torch.dtype | None, save: bool
 ) -> list[Tensor]:
-    compiled = region_of(region)
-    y, saved = compiled.run_forward(x, ids, w, params, matrix_dtype, keep=save, may_pack=_may_pack(params))
-    return _result(compiled, y, saved, save)
+    return region_of(region).forward_as(_result, x, ids, w, params, matrix_dtype, keep=save, may_pack=_may_pack(params))
 
 
 @_routed.register_fake
@@ -239,6 +238,8 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("moefx::routed", _gradients, setup_context=_save)
+shorten(_routed)
+shorten(_routed_backward)
 
 
 # ------------------------------------------------------------------------------------------------ FLOPs

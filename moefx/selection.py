@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from moefx.operators import shorten
 from moefx.ops import topk_serves
 from moefx.runtime import ops_for
 
@@ -153,5 +154,6 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, No
 
 
 torch.library.register_autograd("moefx::topk", _gradient, setup_context=_save)
+shorten(_topk)
 
 TOPK = torch.ops.moefx.topk.default  # for graphs
