@@ -6,10 +6,11 @@ useful TFLOP/s (6 T K D F forward, 18 T K D F with backward), the share of the m
 few tokens GB/s of the weights of the experts that are hit; memory at the peak of a step beside weights, inputs and
 parameter gradients. A turn is several calls one after another, so that the host launches while the GPU computes, as in a
 model; where the host is slower, its time counts. First all rounds of forwards, then all of steps: behind a step, which draws more
-power, the same forward takes a tenth longer. For few tokens a third time is that of the forward as a CUDA graph, where
-a peer can be captured, and the speed is that of the graph; the row "floor" is what is left of it where nothing is computed: the
-bytes of the experts that are hit, read by one kernel a product, plus the model's router alone, compiled. The last column of
-moefx's rows of many tokens: its step with skewed routing (Zipf's popularity of experts), as a multiple of that with even routing.
+power, the same forward takes a tenth longer. For few tokens, where the host is the slower one, a third pair of times is that of
+forward and step as CUDA graphs, where a peer can be captured. Up to 64 tokens the speed is that of the forward's graph; the row
+"floor" is what is left of it where nothing is computed: the bytes of the experts that are hit, read by one kernel a product, plus
+the model's router alone, compiled. The last column of moefx's rows of many tokens: its step with skewed routing (Zipf's
+popularity of experts), as a multiple of that with even routing.
 
 Peers: Hugging Face's own code with its `eager` and `grouped_mm` experts, and `grouped_mm` under torch.compile; where they are
 installed Liger's experts (the `liger-kernel` package) in Hugging Face's block, and SonicMoE's layer (`sonic-moe`), both without
@@ -63,7 +64,9 @@ SHAPES = {
 TOKENS = (1, 16, 64, 512, 4096, 16384, 32768)
 CALLS = 4  # of a turn
 FEW_TOKENS = 64  # up to here the time is that of reading weights
+HOST_BOUND = 512  # up to here the host, launching one kernel after another, may be slower than the GPU: graphs show the GPU's time
 PEERS = ("hf eager", "hf grouped_mm", "hf grouped_mm compiled", "liger", "sonicmoe", "moefx", "moefx compiled")
+WAITING = ("hf eager",)  # the host waits for the GPU inside: no graph can be made, and an attempt spoils torch's generator
 PACKAGES = {"liger": "liger_kernel", "sonicmoe": "sonicmoe"}  # peers that may be missing
 
 
@@ -194,7 +197,8 @@ class Result:
     forward_ms: float
     step_ms: float
     peak_bytes: int
-    graph_ms: float | None = None
+    graph_ms: float | None = None  # a forward
+    graph_step_ms: float | None = None
 
 
 def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int, seconds: float) -> dict[str, Result]:
@@ -248,34 +252,49 @@ def measure(layers: dict[str, nn.Module], shape: Shape, tokens: int, rounds: int
         peaks[peer] = peak(layer)
         clear(layer)
     forwards, steps = in_turns(forward), in_turns(step)  # apart: who serves a model does not train it in between
-    graphs = {p: graph_ms(layer, x) for p, layer in layers.items()} if tokens <= FEW_TOKENS else {}
+    graphs: dict[str, tuple[float | None, float | None]] = {}
+    for peer, layer in layers.items() if tokens <= HOST_BOUND else ():
+        if peer not in WAITING:
+            graphs[peer] = graph_ms(layer, x), step_graph_ms(layer, x, gy)
     return {
-        p: Result(statistics.median(forwards[p]), statistics.median(steps[p]), peaks[p], graphs.get(p)) for p in layers
+        p: Result(statistics.median(forwards[p]), statistics.median(steps[p]), peaks[p], *graphs.get(p, ())) for p in layers
     }
 
 
 def graph_ms(layer: Callable[[Tensor], Any], x: Tensor) -> float | None:
     """The forward as a CUDA graph, replayed; None for a peer that cannot be captured (its host waits for the GPU). The graph
     has several calls with tokens of their own, so that not the same experts' weights lie in the cache."""
-    return captured_ms(layer, [torch.randn_like(x).requires_grad_() for _ in range(CALLS)])
+    with torch.no_grad():
+        return captured_ms(layer, [torch.randn_like(x).requires_grad_() for _ in range(CALLS)])
+
+
+def step_graph_ms(layer: nn.Module, x: Tensor, gy: Tensor) -> float | None:
+    """As `graph_ms`, forward and backward; every call takes the memory of the one before it for its gradients."""
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+
+    def step(x: Tensor) -> None:
+        torch.autograd.grad(layer(x), [x, *parameters], gy)
+
+    return captured_ms(step, [torch.randn_like(x).requires_grad_() for _ in range(CALLS)])
 
 
 def captured_ms(run: Callable[[Any], Any], inputs: list[Any]) -> float | None:
     """A call of `run`, of one graph with a call for each of the inputs."""
     side = torch.cuda.Stream()
-    with torch.no_grad():
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd's nodes that gather gradients belong to the stream of their first call
         for each in inputs:
             run(each)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            for each in inputs:
+                run(each)
+    except Exception:  # noqa: BLE001 - torch says so in several ways
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=side):
-                for each in inputs:
-                    run(each)
-        except Exception:  # noqa: BLE001 - torch says so in several ways
-            torch.cuda.synchronize()
-            return None
-        return median(graph.replay, 15) / len(inputs)
+        return None
+    return median(graph.replay, 15) / len(inputs)
 
 
 BLOCK, STEPS, LOADING_WARPS = 2048, 2, 8  # the fastest, or within 2 % of it, of eight ways to read a few experts on an H200
@@ -369,13 +388,25 @@ def rows(
         ahead = ""
         if ours(peer) and others:
             best = min(o.forward_ms for o in others) / r.forward_ms, min(o.step_ms for o in others) / r.step_ms
-            ahead = f"{best[0]:.2f}x / {best[1]:.2f}x"
-        times = f"{r.forward_ms:.3f} / {r.step_ms:.3f}" + (f" / {r.graph_ms:.3f}" if r.graph_ms else "")
+            ahead = f"{best[0]:.2f}x / {best[1]:.2f}x" + graphs_ahead(r, others)
+        times = f"{r.forward_ms:.3f} / {r.step_ms:.3f}"
+        if tokens <= HOST_BOUND:
+            times += " / " + ", ".join(f"{ms:.3f}" if ms else "-" for ms in (r.graph_ms, r.graph_step_ms))
         skewed = f" {skew_of()} |" if peer == "moefx" and tokens >= 4096 else " |"
         lines.append(
             f"| {name} | {tokens} | {peer} | {times} | {speed} | {share} | {r.peak_bytes / 1e9:.2f} | {ahead} |{skewed}"
         )
     return lines
+
+
+def graphs_ahead(ours: Result, others: list[Result]) -> str:
+    """How far ahead of the best peer a forward and a step are, each as a graph; nothing where there are none."""
+    ratios = []
+    for name in ("graph_ms", "graph_step_ms"):
+        peers = [ms for other in others if (ms := getattr(other, name))]
+        mine = getattr(ours, name)
+        ratios.append(f"{min(peers) / mine:.2f}x" if mine and peers else "-")
+    return f" / {', '.join(ratios)}" if ratios != ["-", "-"] else ""
 
 
 def main() -> None:
@@ -396,7 +427,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; matmul ceiling {top.tflops:.0f} TFLOP/s, "
         f"copy ceiling {top.gb_per_s:.0f} GB/s",
         "",
-        "| layer | T | peer | ms forward / step / graph | useful speed forward / step | share of ceiling | peak GB "
+        "| layer | T | peer | ms forward / step / graphs of them | useful speed forward / step | share of ceiling | peak GB "
         "| best peer / moefx | skewed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
