@@ -29,8 +29,8 @@ def test_tapes(what: str, golden: Callable[[str, str], None]) -> None:
     done = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if what == "random":
-        taped, replays = map(int, done.stdout.split())
-        assert taped > 100 and replays > 200  # of 150 functions, four calls each, the third and fourth from a tape
+        taped, replays, flat = map(int, done.stdout.split())
+        assert taped > 100 and replays > 200 and flat > 20  # of 150 functions, four calls each, the third and fourth from a tape
     if what == "golden":
         golden("tape", done.stdout)
 
@@ -155,17 +155,17 @@ def program(paper: Paper, draw: random.Random, inputs: int) -> Any:
 
 
 def check_random() -> None:
-    """Fresh inputs at every call, of which some lie where earlier ones did."""
+    """Fresh inputs at every call, of which some lie where earlier ones did, and some in one buffer as a model's flat parameters do."""
     paper = Paper()
     torch = paper.torch
-    taped = replays = 0
+    taped = replays = flat = 0
     for seed in range(150):
         draw = random.Random(seed)
         rows = [draw.randint(1, 4) for _ in range(draw.randint(1, 3))]
-        body, kept = program(paper, draw, len(rows)), []
+        body, kept, in_one = program(paper, draw, len(rows)), [], len(rows) > 1 and draw.random() < 0.5
         for call in range(4):
             torch.manual_seed(10 * seed + call)
-            mine = [torch.randn(n, 16) for n in rows]
+            mine = list(torch.randn(sum(rows), 16).split(rows)) if in_one else [torch.randn(n, 16) for n in rows]
             theirs = [t.clone() for t in mine]
             expected, _ = body(*theirs)
             before = len(paper.tapes.seen)
@@ -177,7 +177,8 @@ def check_random() -> None:
         (found,) = (tape for key, tape in paper.tapes.seen.items() if key[0] == seed)
         taped += hasattr(found, "replay")
         replays += 2 * hasattr(found, "replay")
-    print(taped, replays)
+        flat += in_one and hasattr(found, "replay")
+    print(taped, replays, flat)
 
 
 def check_not_on_tape() -> None:
