@@ -155,7 +155,7 @@ def program(paper: Paper, draw: random.Random, inputs: int) -> Any:
 
 
 def check_random() -> None:
-    """Fresh inputs at every call, of which some lie where earlier ones did, and some in one buffer as a model's flat parameters do."""
+    """Fresh inputs at every call. Some lie where earlier ones did, some in one buffer as a model's flat parameters do."""
     paper = Paper()
     torch = paper.torch
     taped = replays = flat = 0
