@@ -53,6 +53,21 @@ def test_opcheck(style: str, degree: int) -> None:
         torch.library.opcheck(torch.ops.moefx.routed.default, (compiled.handle, given.x, given.ids, given.w, tensors, None, False))
 
 
+@pytest.mark.parametrize(("style", "degree"), CASES)
+def test_results_share_no_memory(style: str, degree: int) -> None:
+    """Neither with arguments nor with each other; the short way to an operator's function does not check it."""
+    compiled, params = made(style, degree)
+    given = regions.inputs(compiled.region, 11)
+    x, w, tensors = given.x.detach(), given.w.detach(), [params[name].detach() for name in compiled.binder.names]
+    y, *saved = torch.ops.moefx.routed(compiled.handle, x, given.ids, w, tensors, None, True)
+    gy, wanted = torch.ones_like(y), [True] * len(tensors)
+    grads = torch.ops.moefx.routed_backward(compiled.handle, gy, saved, x, w, tensors, True, wanted, None)
+    every = [x, given.ids, w, *tensors, y, *saved, gy, *grads]
+    storages = [t.untyped_storage().data_ptr() for t in every if t.numel()]
+    lent = len(tensors) - len({t.untyped_storage().data_ptr() for t in tensors})  # packed parameters lie in one buffer
+    assert len(set(storages)) == len(storages) - lent
+
+
 @pytest.mark.parametrize("degree", [1, 3])
 def test_one_graph_for_all_token_counts(degree: int) -> None:
     """Chunks too: their sizes are symbolic, as long as each has two tokens (of one, a compiler makes a case of its own)."""
