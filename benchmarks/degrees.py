@@ -277,7 +277,7 @@ def _halves(row: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
 
 def _regret_again(row: dict[str, Any]) -> float:
     """Of a choice that tries every degree: the best one of one half of the rounds against the best one of the other, by the
-    times of the other. No choice can be expected to regret less."""
+    times of the other. So it says how well half of the rounds tell degrees apart; a choice that knows more may regret less."""
     return statistics.mean(there[here.index(min(here))] / min(there) - 1 for here, there in _halves(row))
 
 
