@@ -1,14 +1,18 @@
 """A Qwen3-MoE model of a few layers under torch.compile: moefx against Transformers.   python benchmarks/compile.py
 
-Per row: tokens/s of a training step (forward + backward) and of prefill (forward without gradients), the median of rounds in
-which every row has its turn; the share of this machine's matmul ceiling, measured in the same run, that the useful FLOPs of
-training reach; the peak of allocated GPU memory in a training step, weights and gradients included; seconds from a new model
-to its first training step and its first prefill, optimising and compiling included: "cold" with empty caches, "warm" with
-those that the cold one filled, each in a process of its own. All rows share one set of weights, and a row whose loss is not
-that of the first is a failure, as is a row of moefx in which not every block is replaced.
+Per row: tokens/s of training steps (forward + backward) and of prefills (forward without gradients), the median of rounds in
+which every row has its turn, in one order and the other. A turn is several steps right behind one another, then as long
+prefills, so that the host is ahead of the GPU as in training, and the GPU as warm. Then the share of this machine's matmul
+ceiling, measured in the same run, that the useful FLOPs of training reach; the peak of allocated GPU memory in a training
+step, weights and gradients included; seconds from a new model to its first training step and its first prefill, optimising
+and compiling included: "cold" with empty caches, "warm" with those that the cold one filled, each in a process of its own.
+All rows share one set of weights, and a row whose loss is not that of the first is a failure, as is a row of moefx in which
+not every block is replaced.
 
 The row "bound" is the compiled model without its experts, plus the FLOPs of the experts at the matmul ceiling: what no way to
-run the experts can pass, since all the rest is the same in every compiled row.
+run the experts can pass, since all the rest is the same in every compiled row. The row "dense" has the experts' products as
+dense ones: every token K times through the first expert, compiled, in the same model and so at the same clock. Nothing is
+routed there: it is what grouped products as fast as the library's dense ones of the same sizes would give.
 
 --quick: fewer layers and rounds. --toy: small sizes in float32 on the CPU, to see that it runs. --kernels: the kernels of one
 training step of every row, the longest first. $OUT, if set, is a folder that gets the table, the numbers (compile.json) and
@@ -53,7 +57,9 @@ class Row:
     compile: dict[str, Any] | None = None
 
 
-BOUND = "bound"
+BOUND, DENSE = "bound", "dense"
+CEILINGS = BOUND, DENSE  # which are no way to run the model
+TURN_S = 0.3  # of a row's steps, and of its prefills
 ROWS = {  # the one that compiles longest comes last
     "hf eager": Row("eager"),
     "hf grouped_mm": Row("grouped_mm"),
@@ -62,6 +68,7 @@ ROWS = {  # the one that compiles longest comes last
     "moefx.optimize, compile": Row("grouped_mm", optimize=True, compile={}),
     "backend moefx": Row("grouped_mm", compile={"backend": "moefx"}),
     BOUND: Row("none", compile={}),
+    DENSE: Row("dense", compile={}),
     "hf grouped_mm, compile max-autotune": Row("grouped_mm", compile={"mode": "max-autotune-no-cudagraphs"}),
 }
 
@@ -89,6 +96,7 @@ class Result:
     prefill_s: list[float] = field(default_factory=list)
     peak: int = 0
     failed: str = ""
+    repeats: tuple[int, int] = (1, 1)  # steps and prefills in a turn
 
 
 def build(options: argparse.Namespace) -> nn.Module:
@@ -107,16 +115,36 @@ def build(options: argparse.Namespace) -> nn.Module:
 class NoExperts(nn.Module):
     """In place of a block's experts: nothing but the routing weights, whose gradient the router needs."""
 
+    def __init__(self, _: Any) -> None:
+        super().__init__()
+
     def forward(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         return x * w.sum(-1, keepdim=True).to(x.dtype)
+
+
+class Dense(nn.Module):
+    """In place of a block's experts, on their parameters: every token goes K times through the first one."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+
+    def forward(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        rows = x.repeat_interleave(ids.shape[-1], 0)
+        gate, up = nn.functional.linear(rows, self.gate_up_proj[0]).chunk(2, -1)
+        y = nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[0])
+        return (y.view(*ids.shape, -1) * w.unsqueeze(-1).to(y.dtype)).sum(-2)
+
+
+CEILING_EXPERTS = {"none": NoExperts, "dense": Dense}
 
 
 def share(model: nn.Module, row: Row, inputs: dict[str, Any]) -> tuple[nn.Module, Callable[..., Any]]:
     """A copy of the model on the same parameters, and what is called in the row."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    if row.experts == "none":
+    if row.experts in CEILING_EXPERTS:
         for block in [m for m in twin.modules() if hasattr(m, "experts")]:
-            block.experts = NoExperts()
+            block.experts = CEILING_EXPERTS[row.experts](block.experts)
     else:
         twin.set_experts_implementation(row.experts)  # type: ignore[operator]
     if row.optimize:
@@ -330,10 +358,10 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
         print(f"{name}: first calls {seconds(result.cold_s)} s cold, {seconds(result.warm_s)} s warm {result.failed}", flush=True)
     reference = next((r.loss for r in results.values() if r.loss is not None), 0.0)
     for name, result in results.items():
-        if name != BOUND and result.loss is not None and abs(result.loss - reference) > LOSS * abs(reference):
+        if name not in CEILINGS and result.loss is not None and abs(result.loss - reference) > LOSS * abs(reference):
             fail(name, RuntimeError(f"the loss is {result.loss:.5f} instead of {reference:.5f}"))
     for turn in range(options.rounds + 1):
-        for name, call in list(calls.items()):
+        for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
             try:
                 one_turn(made, call, results[name], counts=turn > 0)
             except Exception as error:  # noqa: BLE001
@@ -368,17 +396,25 @@ def kernels(made: Model, call: Callable[..., Any]) -> str:
 
 
 def one_turn(made: Model, call: Callable[..., Any], result: Result, counts: bool) -> None:
-    made.model.zero_grad(set_to_none=True)
+    """The first turn, which does not count, says how many steps and prefills one has."""
+
+    def step() -> None:
+        made.model.zero_grad(set_to_none=True)
+        train(call, made.inputs)
+
     if made.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = timed(lambda: train(call, made.inputs), made.device)
+    steps, reads = result.repeats
+    step_s = timed(lambda: [step() for _ in range(steps)], made.device) / steps
     peak = torch.cuda.max_memory_allocated() if made.device == "cuda" else 0
     made.model.zero_grad(set_to_none=True)
-    read = timed(lambda: prefill(call, made.inputs), made.device)
+    read_s = timed(lambda: [prefill(call, made.inputs) for _ in range(reads)], made.device) / reads
     if counts:
-        result.train_s.append(step)
-        result.prefill_s.append(read)
+        result.train_s.append(step_s)
+        result.prefill_s.append(read_s)
         result.peak = max(result.peak, peak)
+    else:
+        result.repeats = max(1, round(TURN_S / step_s)), max(1, round(TURN_S / read_s))
 
 
 def table_of(options: argparse.Namespace, made: Model, results: dict[str, Result]) -> str:
@@ -415,18 +451,18 @@ def table(results: dict[str, Result], flops: tuple[float, float], ids: Tensor, l
         read = statistics.median(r.prefill_s) + experts_s / 3
         times[name] = step, read
         speeds = f"{ids.numel() / step:.0f} | {flops[0] / step / 1e12 / ceiling:.0%} | {ids.numel() / read:.0f}"
-        rest = "- | - | -" if name == BOUND else f"{r.peak / 2**30:.1f} | {seconds(r.cold_s)} | {seconds(r.warm_s)}"
+        rest = "- | - | -" if name in CEILINGS else f"{r.peak / 2**30:.1f} | {seconds(r.cold_s)} | {seconds(r.warm_s)}"
         lines.append(f"| {name} | {speeds} | {rest} |")
     return "\n".join([*lines, "", *ahead(times)])
 
 
 def ahead(times: dict[str, tuple[float, float]]) -> list[str]:
     """How far the rows of moefx are ahead of the best other one. times: seconds of a training step and of prefill by row."""
-    others = [t for name, t in times.items() if "moefx" not in name and name != BOUND]
+    others = [t for name, t in times.items() if "moefx" not in name and name not in CEILINGS]
     if not others:
         return []
     step, read = (min(t[i] for t in others) for i in range(2))
-    mine = {name: t for name, t in times.items() if "moefx" in name or name == BOUND}
+    mine = {name: t for name, t in times.items() if "moefx" in name or name in CEILINGS}
     against = "against the best row without moefx"
     return [f"{name} {against}: {step / t[0]:.2f}x training, {read / t[1]:.2f}x prefill" for name, t in mine.items()]
 

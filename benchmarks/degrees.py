@@ -5,7 +5,8 @@
     python benchmarks/degrees.py ablation   naive -> codec -> pipe -> schedule, and the schedule alone
 
 Two hosts joined by a link of a given rate, one thread a rank; costs are calibrated in the box first. What is compared is
-measured in turns within one run; times are medians of the slowest rank. Tables are Markdown, for docs/parallel.md.
+measured in turns within one run; times are medians of the slowest rank, those of `sweep` without what slowed whole rounds
+(`moefx.measured.at_one_pace`). Tables are Markdown, for docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from moefx.degrees import plans_for  # noqa: E402
 from moefx.exchange import Wire  # noqa: E402
 from moefx.holding import holding  # noqa: E402
 from moefx.ir import Region  # noqa: E402
-from moefx.measured import AtOnce, block_times  # noqa: E402
+from moefx.measured import AtOnce, at_one_pace, block_times  # noqa: E402
 from moefx.parallel_region import ParallelRegion  # noqa: E402
 from moefx.profile import Profile  # noqa: E402
 
@@ -180,6 +181,12 @@ def all_turns(rank: Rank, works: Sequence[Callable[[], Any]], rounds: int) -> li
     return seconds
 
 
+def medians(turns: Sequence[Sequence[float]]) -> list[float]:
+    """Of the seconds of each work, round by round, as if all rounds had been equally fast."""
+    found = at_one_pace([dict(enumerate(of_round)) for of_round in zip(*turns)])
+    return [statistics.median(of_work) for of_work in found.values()]
+
+
 def profile_here(scale: float) -> Profile:
     """Calibrated in this group; rank 0's for all."""
     made = [calibrate.calibrate("cpu", dist.get_world_size(), scale).dumps()]
@@ -221,7 +228,7 @@ def sweep_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> tuple[str,
         timelines = [plans.timelines[0] for _, plans in made]
         rows.append({
             "layer": asdict(layer), "costs": costs, "chosen": auto, "degrees": degrees, "turns": turns,
-            "seconds": [statistics.median(times) for times in turns],
+            "seconds": medians(turns),
             "predicted": [t.makespan_s if t else None for t in timelines],
             "times": {phase: asdict(t) for phase, t in rank.times["none", "none"].items()},
         })  # fmt: skip
@@ -271,7 +278,7 @@ def _regret(row: dict[str, Any], pick: Callable[[dict[str, Any]], int]) -> float
 
 def _halves(row: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
     """The degrees' medians in one half of the rounds and in the other, both ways round."""
-    halves = [[statistics.median(times[h::2]) for times in row["turns"]] for h in (0, 1)]
+    halves = [medians([times[h::2] for times in row["turns"]]) for h in (0, 1)]
     return [(halves[0], halves[1]), (halves[1], halves[0])]
 
 

@@ -30,8 +30,12 @@ from moefx.parallel_region import ParallelRegion
 
 Name = TypeVar("Name", bound=Hashable)
 
-# Rounds that are measured, after one that is not: more where they are short, and noise is larger.
-ROUNDS, MOST_ROUNDS, MEASURED_S = 5, 30, 8.0
+# Rounds that are measured, after one that is not: more until there are as many runs, and yet more, of what is compared, while
+# the medians are uncertain by more than a share of CERTAIN. No new one after MEASURED_S of runs.
+ROUNDS, MANY_RUNS, MOST_ROUNDS, MEASURED_S, CERTAIN = 5, 30, 300, 8.0, 0.01
+# What takes less on a CPU runs several times in a round, as layers in a model do: ranks that are level at the start of each run
+# wait for each other longer than ranks which need not be, and most in one chunk. On a GPU the streams of a run are timed.
+RUN_S = 0.04
 CLOSE = 0.02  # what is slower by less than this has more rounds, however certain it seems
 CHUNKS = (1, 4, 16)  # of the plans that show what is computed in so many
 STEP = "step"  # forward, and backward right behind it
@@ -45,19 +49,43 @@ class Runs:
     error_s: float = 0.0
 
     @staticmethod
-    def of(seconds: Sequence[float]) -> Runs:
-        """The scatter by the median of absolute deviations, which a few slow runs do not change."""
+    def of(seconds: Sequence[float], beside: int = 0) -> Runs:
+        """The scatter by the median of absolute deviations, which a few slow runs do not change. beside: how many others ran in
+        the rounds of whose pace `seconds` are free; it is the mean of all, and so took its share of the scatter."""
         median = statistics.median(seconds)
         scatter = 1.4826 * statistics.median(abs(s - median) for s in seconds)
-        return Runs(median, 1.2533 * scatter / len(seconds) ** 0.5)
+        taken = (1 + 1 / beside) ** 0.5 if beside else 1.0
+        return Runs(median, 1.2533 * taken * scatter / len(seconds) ** 0.5)
 
     def no_slower(self, other: Runs, errors: float = 1.0) -> bool:
         """Whether it is not slower than `other`, or by no more than so many standard errors of the difference."""
         return self.median_s - other.median_s <= errors * (self.error_s**2 + other.error_s**2) ** 0.5
 
+    def certain(self) -> bool:
+        """Whether more runs would hardly move the median."""
+        return self.error_s <= CERTAIN * self.median_s
+
     def close_to(self, other: Runs) -> bool:
         """Whether more runs may show it to be the faster one."""
         return self.median_s <= (1 + CLOSE) * other.median_s or self.no_slower(other, errors=2.0)
+
+
+def at_one_pace(rounds: Sequence[Mapping[Name, float]]) -> dict[Name, list[float]]:
+    """By name, its seconds in the rounds in which it ran, as if all rounds had been equally fast. Who runs in the last round ran in
+    all of them.
+
+    A time is that of its name times the pace of its round and some scatter; the pace is the mean of those that ran in all
+    rounds, each against its median. Machines and routings differ from round to round, and hit all that run in one: on shared
+    cores that is half of the scatter of runs, and more.
+    """
+    lasting = list(rounds[-1])
+    paces = [1.0] * len(rounds)
+    if len(lasting) > 1:
+        medians = {name: statistics.median(times[name] for times in rounds) for name in lasting}
+        paces = [statistics.fmean(times[name] / medians[name] for name in lasting) for times in rounds]
+        usual = statistics.median(paces)
+        paces = [pace / usual for pace in paces]
+    return {name: [times[name] / pace for times, pace in zip(rounds, paces) if name in times] for name in rounds[0]}
 
 
 class AtOnce:
@@ -138,8 +166,8 @@ def measure(
 
     params: this rank's, by name. trained: those whose gradients are wanted. tokens: of this rank. No capacity: the rows that
     are chosen travel, all of them. compared: the phases of which the fastest region is wanted, or STEP; a region that is clearly
-    slower in all of them has ROUNDS rounds, and those that are left have more. Empty: all regions have as many. Where it is the
-    forward alone, nothing else runs.
+    slower in all of them has ROUNDS rounds, and those that are left have more, until their medians are certain. Empty: all
+    regions have as many. Where it is the forward alone, nothing else runs.
     """
     region, parameter = next(iter(regions.values())).region, next(iter(params.values()))
     device, dtype = parameter.device, parameter.dtype
@@ -153,28 +181,37 @@ def measure(
             names = compiled.binder.names
             compiled.precompile(x, draw(), w, {n: params[n].detach() for n in names}, [[n for n in names if n in trained]])
     phases = PHASES[:1] if set(compared) == {"forward"} else PHASES
-    found: dict[Name, list[list[float]]] = {name: [] for name in regions}  # by round: each phase, and the sum
+    found: list[dict[Name, list[float]]] = []  # by round and name: each phase, and the sum
+    repeats = dict.fromkeys(regions, 1)
 
-    def turn(names: Sequence[Name]) -> list[list[float]]:
-        ids = draw()
-        steps = [_step(regions[name], x, ids, w, gy, params, trained)[: len(phases)] for name in names]
-        seconds = [_timed(step, device, group) for step in steps]
-        slowest = torch.tensor([[*times, sum(times)] for times in seconds], dtype=torch.float64, device=device)
+    def turn(names: Sequence[Name]) -> dict[Name, list[float]]:
+        ids, seconds = draw(), []
+        for name in names:
+            step, n = _step(regions[name], x, ids, w, gy, params, trained)[: len(phases)], repeats[name]
+            times = _timed(step * n, device, group)
+            of_phases = [sum(times[i :: len(phases)]) / n for i in range(len(phases))]
+            seconds.append([*of_phases, sum(of_phases)])
+        slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group)  # so that all ranks go on with the same
-        return slowest.tolist()  # type: ignore[no-any-return]
+        return dict(zip(names, slowest.tolist()))
 
-    left, rounds, spent_s = list(regions), 0, 0.0
-    turn(left)  # which also prepares
-    while rounds < ROUNDS or (rounds < MOST_ROUNDS and spent_s < MEASURED_S and (len(left) > 1 or not compared)):
-        rounds += 1
+    left, certain, spent_s = list(regions), not compared, 0.0
+    first = turn(left)  # which also prepares
+    if device.type == "cpu":
+        repeats = {name: max(1, round(RUN_S / times[-1])) for name, times in first.items()}
+    many = MANY_RUNS / min(repeats.values())
+    while len(found) < ROUNDS or (
+        len(found) < (many if certain else MOST_ROUNDS) and spent_s < MEASURED_S and (len(left) > 1 or not compared)
+    ):
         left.reverse()  # what runs behind another may find it in its way
-        for name, times in zip(left, turn(left)):
-            found[name].append(times)
-            spent_s += times[-1]
-        if compared and rounds >= ROUNDS:
-            left = _left({name: _runs(phases, found[name]) for name in left}, compared)
-    by_name = {name: _runs(phases, times) for name, times in found.items()}
-    return {what: {name: runs[what] for name, runs in by_name.items()} for what in (*phases, STEP)}
+        found.append(turn(left))
+        spent_s += sum(times[-1] * repeats[name] for name, times in found[-1].items())
+        if compared and len(found) % ROUNDS == 0:
+            runs = _runs(phases, found)
+            left = _left(runs, left, compared)
+            certain = all(runs[what][name].certain() for name in left for what in compared)
+    runs = _runs(phases, found)
+    return {what: {name: of[name] for name in regions} for what, of in runs.items()}
 
 
 def _random_experts(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
@@ -183,19 +220,24 @@ def _random_experts(tokens: int, experts: int, top_k: int, generator: torch.Gene
     return scores.topk(top_k).indices % experts
 
 
-def _runs(phases: Sequence[str], rounds: Sequence[Sequence[float]]) -> dict[str, Runs]:
-    return {what: Runs.of(seconds) for what, seconds in zip((*phases, STEP), zip(*rounds))}
+def _runs(phases: Sequence[str], rounds: Sequence[Mapping[Name, Sequence[float]]]) -> dict[str, dict[Name, Runs]]:
+    beside = len(rounds[-1]) - 1
+    found = {}
+    for i, what in enumerate((*phases, STEP)):
+        seconds = at_one_pace([{name: times[i] for name, times in of_round.items()} for of_round in rounds])
+        found[what] = {name: Runs.of(of_name, beside) for name, of_name in seconds.items()}
+    return found
 
 
-def _left(runs: Mapping[Name, Mapping[str, Runs]], compared: Collection[str]) -> list[Name]:
-    """Those that may be the fastest in one of what is compared."""
-    best = {what: min((of[what] for of in runs.values()), key=lambda r: r.median_s) for what in compared}
-    return [name for name, of in runs.items() if any(of[what].close_to(best[what]) for what in compared)]
+def _left(runs: Mapping[str, Mapping[Name, Runs]], names: Sequence[Name], compared: Collection[str]) -> list[Name]:
+    """Those of `names` that may be the fastest in one of what is compared."""
+    best = {what: min((runs[what][name] for name in names), key=lambda r: r.median_s) for what in compared}
+    return [name for name in names if any(runs[what][name].close_to(best[what]) for what in compared)]
 
 
 def _step(
     compiled: ParallelRegion, x: Tensor, ids: Tensor, w: Tensor, gy: Tensor, params: Mapping[str, Tensor], trained: Collection[str]
-) -> Sequence[Callable[[Any], Any]]:
+) -> tuple[Callable[[Any], Any], ...]:
     """Forward, and backward of what that saved."""
     names = compiled.binder.names
     tensors, wanted = [params[n].detach() for n in names], [n in trained for n in names]

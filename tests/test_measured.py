@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import statistics
 
 import pytest
 import regions
@@ -19,7 +21,7 @@ from test_parallel import EXACT, _profile_file, batch, differences, language_mod
 import moefx
 from moefx.degrees import candidates, fastest, matrices
 from moefx.errors import InputError
-from moefx.measured import AtOnce, Runs, _left, _random_experts
+from moefx.measured import AtOnce, Runs, _left, _random_experts, at_one_pace
 
 
 def test_the_degrees_around_the_chosen_one():
@@ -62,15 +64,44 @@ def test_runs(seconds: list[float], later: float) -> None:
 def test_those_that_may_be_the_fastest_have_more_rounds():
     """In either phase; and what is slower by a hair, however certain that seems."""
     runs = {
-        1: {"forward": Runs(1.0), "backward": Runs(3.0)},
-        2: {"forward": Runs(1.015), "backward": Runs(2.0)},
-        3: {"forward": Runs(1.3, 0.2), "backward": Runs(2.1)},
-        4: {"forward": Runs(1.3, 0.1), "backward": Runs(2.1)},
-        8: {"forward": Runs(1.3, 0.1), "backward": Runs(1.9)},
+        "forward": {1: Runs(1.0), 2: Runs(1.015), 3: Runs(1.3, 0.2), 4: Runs(1.3, 0.1), 8: Runs(1.3, 0.1), 9: Runs(0.5)},
+        "backward": {1: Runs(3.0), 2: Runs(2.0), 3: Runs(2.1), 4: Runs(2.1), 8: Runs(1.9), 9: Runs(0.5)},
     }
-    assert _left(runs, ["forward"]) == [1, 2, 3]
-    assert _left(runs, ["backward"]) == [8]
-    assert _left(runs, ["forward", "backward"]) == [1, 2, 3, 8]
+    names = [1, 2, 3, 4, 8]  # what has left does not come back
+    assert _left(runs, names, ["forward"]) == [1, 2, 3]
+    assert _left(runs, names, ["backward"]) == [8]
+    assert _left(runs, names, ["forward", "backward"]) == [1, 2, 3, 8]
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=2, max_size=6),
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=30),
+    st.integers(2, 6), st.integers(1, 30),
+)  # fmt: skip
+def test_the_pace_of_rounds_is_taken_out(seconds: list[float], paces: list[float], left: int, rounds: int) -> None:
+    """Where it is all that differs, no scatter is left, and the names keep their ratios, whoever leaves after some rounds."""
+    ran = [{i: s * pace for i, s in enumerate(seconds[: left if j > rounds else None])} for j, pace in enumerate(paces)]
+    found = at_one_pace(ran)
+    assert [len(found[i]) for i in found] == [sum(i in times for times in ran) for i in found]
+    for i, of_name in found.items():
+        assert of_name == pytest.approx([of_name[0]] * len(of_name))
+        assert of_name[0] / found[0][0] == pytest.approx(seconds[i] / seconds[0])
+
+
+def test_runs_at_one_pace_say_how_uncertain_they_are() -> None:
+    """The pace of a round is the mean of what runs in it, and so hides a part of the scatter, which the error has again."""
+    rng = random.Random(0)
+    for beside in (1, 2, 5):
+        errors, far = [], []
+        for _ in range(200):
+            paces = [rng.uniform(0.5, 2.0) for _ in range(25)]
+            ran = [{i: pace * rng.gauss(1.0, 0.05) for i in range(beside + 1)} for pace in paces]
+            first, second = (Runs.of(of_name, beside) for of_name in list(at_one_pace(ran).values())[:2])
+            far.append(first.median_s / second.median_s - 1)
+            errors.append((first.error_s**2 + second.error_s**2) ** 0.5 / first.median_s)
+        assert 0.7 < statistics.median(errors) / statistics.stdev(far) < 1.3, beside
+    alone = at_one_pace([{1: s} for s in (1.0, 2.0, 4.0)])
+    assert alone == {1: [1.0, 2.0, 4.0]}  # with nothing beside it, nobody knows what the pace was
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(64, 8, 2), (1, 4, 4), (5, 2, 3)])
