@@ -49,6 +49,7 @@ from moefx.profile import Profile  # noqa: E402
 
 DEGREES = 16
 CLOSE = 0.05  # within this of the best counts as a hit
+FAR, FAR_AFTER = 0.25, 8  # degrees that are slower than the best by so much, after so many rounds, run no more
 RUN_S = 0.06  # what takes less is repeated: one forward of 10 ms scatters by a fifth on cores that also carry the packets
 
 
@@ -161,13 +162,20 @@ def in_turns(rank: Rank, works: Sequence[Callable[[], Any]], rounds: int) -> lis
     return [statistics.median(times) for times in all_turns(rank, works, rounds)]
 
 
-def all_turns(rank: Rank, works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """The same, round by round."""
+def all_turns(
+    rank: Rank, works: Sequence[Callable[[], Any]], rounds: int, far: float | None = None
+) -> list[list[float]]:
+    """The same, round by round. far: after FAR_AFTER rounds, what is slower than the fastest by more than this share has no
+    more."""
     seconds: list[list[float]] = [[] for _ in works]
     repeats = [1] * len(works)
+    running = list(range(len(works)))
     for turn in range(rounds + 1):
+        if far is not None and turn == FAR_AFTER + 1:
+            found = medians(seconds)
+            running = [i for i in running if found[i] <= (1 + far) * min(found)]
         rank.draw()
-        for i in range(len(works))[:: -1 if turn % 2 else 1]:
+        for i in running[:: -1 if turn % 2 else 1]:
             dist.barrier()
             began = time.perf_counter()
             for _ in range(repeats[i]):
@@ -182,9 +190,10 @@ def all_turns(rank: Rank, works: Sequence[Callable[[], Any]], rounds: int) -> li
 
 
 def medians(turns: Sequence[Sequence[float]]) -> list[float]:
-    """Of the seconds of each work, round by round, as if all rounds had been equally fast."""
-    found = at_one_pace([dict(enumerate(of_round)) for of_round in zip(*turns)])
-    return [statistics.median(of_work) for of_work in found.values()]
+    """Of the seconds of each work, round by round from the first on, as if all rounds had been equally fast."""
+    rounds = range(max(map(len, turns)))
+    found = at_one_pace([{i: of_work[j] for i, of_work in enumerate(turns) if j < len(of_work)} for j in rounds])
+    return [statistics.median(found[i]) for i in range(len(turns))]
 
 
 def profile_here(scale: float) -> Profile:
@@ -224,7 +233,7 @@ def sweep_rank(chosen: Sequence[Layer], rounds: int, scale: float) -> tuple[str,
         )
         degrees = [r for r in range(1, DEGREES + 1) if r <= layer.sizes(dist.get_world_size()).capacity]
         made = [rank.plan(moefx.Options(degree=r)) for r in degrees]
-        turns = all_turns(rank, [rank.forward(region) for region, _ in made], rounds)
+        turns = all_turns(rank, [rank.forward(region) for region, _ in made], rounds, FAR)
         timelines = [plans.timelines[0] for _, plans in made]
         rows.append({
             "layer": asdict(layer), "costs": costs, "chosen": auto, "degrees": degrees, "turns": turns,
@@ -277,8 +286,8 @@ def _regret(row: dict[str, Any], pick: Callable[[dict[str, Any]], int]) -> float
 
 
 def _halves(row: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
-    """The degrees' medians in one half of the rounds and in the other, both ways round."""
-    halves = [medians([times[h::2] for times in row["turns"]]) for h in (0, 1)]
+    """The degrees' medians in one half of the rounds and in the other, both ways round. Rounds of either order are in both."""
+    halves = [medians([[s for j, s in enumerate(times) if j // 2 % 2 == h] for times in row["turns"]]) for h in (0, 1)]
     return [(halves[0], halves[1]), (halves[1], halves[0])]
 
 

@@ -321,6 +321,7 @@ def _measure_group(device: str, scale: float) -> dict[str, list[Sample]]:
             runs = []
             for _ in range(RUNS):
                 dist.barrier()
+                seconds_of(work, device, repeat)  # what links let through at full speed after a pause is gone, as in a model
                 runs.append(seconds_of(work, device, repeat))
             samples.append(Sample(units, tuple(runs)))
         if samples:

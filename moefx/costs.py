@@ -230,11 +230,13 @@ class BlockTimes:
     """What a phase of one block takes where it runs, beside what a profile knows of its tasks (`moefx.measured.block_times`).
 
     computed_s: all that is no exchange, by the number of chunks that it was measured in, one chunk first. exchange_s: an
-    exchange of next to nothing, which no exchange is faster than.
+    exchange of next to nothing, which no exchange is faster than. whole_exchange_s: one of all rows, right behind another: a
+    profile's line is fitted to messages of all sizes, and may be off by a tenth at those of one block; 0: not measured.
     """
 
     computed_s: Mapping[int, float]
     exchange_s: float = 0.0
+    whole_exchange_s: float = 0.0
 
     def compute_s(self, degree: int) -> float:
         """What is computed in so many chunks: on the straight line between the two measured degrees around it. Beyond the last
@@ -248,16 +250,19 @@ class BlockTimes:
 
 
 def price_block(graph: TaskGraph, whole: TaskGraph, times: BlockTimes) -> TaskGraph:
-    """A priced graph with what was measured of its block: prices only divide what is computed among the tasks.
+    """A priced graph with what was measured of its block: prices only divide what is computed among the tasks, and say how much
+    of a whole exchange one of a chunk takes.
 
     whole: the same graph in one chunk, priced.
     """
     computed = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource == COMPUTE}
     seconds_a_share = times.compute_s(graph.degree) / sum(computed.values())
+    exchanged = {t.kind: whole.seconds[t.name] for t in whole.tasks if t.resource != COMPUTE}
+    slower = {kind: times.whole_exchange_s / s if times.whole_exchange_s and s else 1.0 for kind, s in exchanged.items()}
 
     def seconds_of(task: Task) -> float:
         if task.resource != COMPUTE:
-            return max(graph.seconds[task.name], times.exchange_s)
+            return max(slower[task.kind] * graph.seconds[task.name], times.exchange_s)
         share = seconds_a_share * computed[task.kind]
         return share if task.chunk == NO_CHUNK else share / graph.degree
 

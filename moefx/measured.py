@@ -131,27 +131,38 @@ class Arrived:
 def block_times(
     region: Region, local: Region, params: Mapping[str, Tensor], tokens: int, wire: Wire, kernels: str
 ) -> dict[str, BlockTimes]:
-    """By phase, what a block takes in CHUNKS whose exchanges carry next to nothing; codecs are part of it.
+    """By phase, what a block takes in CHUNKS whose exchanges carry next to nothing, and an exchange of all its rows; codecs are
+    part of both. With a capacity, where places travel, exchanges are not measured.
 
     local: this rank's experts, with their parameters by name. All ranks call it, each with its tokens.
     """
-    wire = replace(wire, capacity=None)
+    dropless, wire = wire.capacity is None, replace(wire, capacity=None)
     sizes = Sizes(tokens, region.top_k, region.d_model, region.d_expert, wire.most * wire.ranks, wire.ranks)
     regions = {}
     for degree in CHUNKS:
         plans = compile_parallel(region, local, Options(degree=degree, policy="fifo"), sizes, None, dict.fromkeys(wire.codecs, 1.0))
         at_once = AtOnce(wire.all_to_all, wire.ranks)
         regions[degree] = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=at_once))
-    device = next(iter(params.values())).device
-    rows, counts = torch.zeros(wire.ranks, region.d_model, device=device), [1] * wire.ranks
-    exchange = lambda _: wire.all_to_all.start(rows, counts, counts).wait()  # noqa: E731
-    exchanges = [_timed([exchange], device, wire.group)[0] for _ in range(ROUNDS + 1)]
-    least = _slowest(statistics.median(exchanges[1:]), device, wire.group)
+    parameter = next(iter(params.values()))
+    least = _exchange_s(wire, parameter.new_zeros(wire.ranks, region.d_model))
+    most_rows = torch.tensor(tokens * region.top_k, device=parameter.device)
+    dist.all_reduce(most_rows, dist.ReduceOp.MAX, wire.group)  # each sends as many to each
+    rows = parameter.new_zeros(-(-int(most_rows) // wire.ranks) * wire.ranks, region.d_model)
     seconds = measure(regions, params, set(params), tokens, wire.group, ())
-    return {
-        phase: BlockTimes({r: max(0.0, runs.median_s - 2 * least) for r, runs in seconds[phase].items()}, least)
-        for phase in PHASES
-    }
+    found: dict[str, BlockTimes] = {}
+    for phase in PHASES:
+        encoded = wire.codecs[phase].encode(rows) if phase in wire.codecs else rows
+        computed = {r: max(0.0, runs.median_s - 2 * least) for r, runs in seconds[phase].items()}
+        found[phase] = BlockTimes(computed, least, _exchange_s(wire, encoded, behind=1) if dropless else 0.0)
+    return found
+
+
+def _exchange_s(wire: Wire, rows: Tensor, behind: int = 0) -> float:
+    """Seconds of an exchange in which as many of these rows go to each rank, right behind so many others."""
+    counts = [len(rows) // wire.ranks] * wire.ranks
+    exchange = lambda _: wire.all_to_all.start(rows, counts, counts, [counts] * wire.ranks).wait()  # noqa: E731
+    runs = [_timed([exchange] * (behind + 1), rows.device, wire.group)[-1] for _ in range(ROUNDS + 1)]
+    return _slowest(statistics.median(runs[1:]), rows.device, wire.group)
 
 
 def measure(

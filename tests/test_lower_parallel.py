@@ -180,6 +180,24 @@ def test_what_a_block_takes_is_taken_as_measured() -> None:
         assert plans.timelines[1].busy_s["inter"] == pytest.approx(2 * degree * 7.0)  # type: ignore[union-attr]
 
 
+def test_an_exchange_of_a_chunk_is_a_share_of_the_measured_one() -> None:
+    """As the profile's line divides it, start and all."""
+    region, profile = simplify(regions.region("swiglu_fused")), preset("pipemoe-16")
+    profile = replace(profile, lines={**profile.lines, "permute": replace(profile.lines["experts"], unit="hbm_bytes")})
+    sizes = Sizes(tokens=8192, top_k=2, d_model=4096, d_expert=4096, experts=6, ranks=3)
+    busy = {}
+    for whole_s in (0.0, 0.25):
+        times = {phase: BlockTimes({1: 0.5}, whole_exchange_s=whole_s) for phase in ("forward", "backward")}
+        for degree in (1, 4):
+            options = Options(degree=degree, backward_degree=degree)
+            plans = compile_parallel(region, local(region), options, sizes, profile, {}, times=times)
+            busy[whole_s, degree] = [timeline.busy_s["inter"] for timeline in plans.timelines]  # type: ignore[union-attr]
+    assert busy[0.25, 1] == pytest.approx([0.5, 0.5])  # there and back
+    for by_line, by_measure, whole in zip(busy[0.0, 4], busy[0.25, 4], busy[0.0, 1]):
+        assert by_measure > 0.5
+        assert by_measure / 0.5 == pytest.approx(by_line / whole)
+
+
 def test_between_measured_numbers_of_chunks_lies_a_straight_line() -> None:
     """It falls where more chunks computed faster, but not beyond the last one that was measured."""
     times = BlockTimes({1: 0.8, 4: 0.5, 16: 1.1})

@@ -164,6 +164,24 @@ def test_codecs_are_part_of_what_a_layer_computes() -> None:
     assert max(run_ranks(2, encodings, {})) == 0
 
 
+def exchanges(options: dict) -> list[tuple[float, float]]:
+    """By phase, an exchange of next to nothing and of all rows, as `optimize` measured them."""
+    found, measured = [], moefx.degrees.block_times
+    moefx.degrees.block_times = lambda *args: (found.append(measured(*args)), found[-1])[1]  # type: ignore[assignment]
+    given = moefx.Options(profile=_profile_file(), measured=False, **options)
+    moefx.optimize(language_model("mixtral", layers=1, experts=4), (batch(dist.get_rank(), 64),), given, mesh=dist.group.WORLD)
+    return [(times.exchange_s, times.whole_exchange_s) for of_phase in found for times in of_phase.values()]
+
+
+def test_an_exchange_of_all_rows_is_measured_too() -> None:
+    """But with a capacity, whose places travel."""
+    for options in ({}, {"codec": "int8"}):
+        for of_rank in run_ranks(2, exchanges, options):
+            assert len(of_rank) == 2
+            assert all(0 < least and 0 < whole for least, whole in of_rank)
+    assert [whole for _, whole in run_ranks(2, exchanges, {"capacity": 64})[0]] == [0.0, 0.0]
+
+
 def test_a_given_degree_stays() -> None:
     (notes, degrees, errors), *_ = run_ranks(2, optimised, {"degree": 3}, 4)
     assert (notes, degrees) == ([], (3, 3))
