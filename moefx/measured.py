@@ -145,15 +145,20 @@ def block_times(
         regions[degree] = ParallelRegion(region, local, plans, kernels, replace(wire, all_to_all=at_once))
     parameter = next(iter(params.values()))
     least = _exchange_s(wire, parameter.new_zeros(wire.ranks, region.d_model))
-    most_rows = torch.tensor(tokens * region.top_k, device=parameter.device)
-    dist.all_reduce(most_rows, dist.ReduceOp.MAX, wire.group)  # each sends as many to each
-    rows = parameter.new_zeros(-(-int(most_rows) // wire.ranks) * wire.ranks, region.d_model)
     seconds = measure(regions, params, set(params), tokens, wire.group, ())
-    found: dict[str, BlockTimes] = {}
-    for phase in PHASES:
-        encoded = wire.codecs[phase].encode(rows) if phase in wire.codecs else rows
-        computed = {r: max(0.0, runs.median_s - 2 * least) for r, runs in seconds[phase].items()}
-        found[phase] = BlockTimes(computed, least, _exchange_s(wire, encoded, behind=1) if dropless else 0.0)
+    whole = _whole_exchange_s(wire, parameter, tokens * region.top_k, region.d_model) if dropless else {}
+    computed = {p: {r: max(0.0, runs.median_s - 2 * least) for r, runs in seconds[p].items()} for p in PHASES}
+    return {phase: BlockTimes(computed[phase], least, whole.get(phase, 0.0)) for phase in PHASES}
+
+
+def _whole_exchange_s(wire: Wire, parameter: Tensor, rows: int, width: int) -> dict[str, float]:
+    """By phase, an exchange of all rows, encoded where the phase has a codec; phases without one have the same."""
+    most_rows = torch.tensor(rows, device=parameter.device)
+    dist.all_reduce(most_rows, dist.ReduceOp.MAX, wire.group)  # each sends as many to each
+    plain = parameter.new_zeros(-(-int(most_rows) // wire.ranks) * wire.ranks, width)
+    found = {phase: _exchange_s(wire, codec.encode(plain), behind=1) for phase, codec in wire.codecs.items()}
+    if without := [phase for phase in PHASES if phase not in found]:
+        found |= dict.fromkeys(without, _exchange_s(wire, plain, behind=1))
     return found
 
 
