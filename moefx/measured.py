@@ -30,7 +30,7 @@ from moefx.parallel_region import ParallelRegion
 
 Name = TypeVar("Name", bound=Hashable)
 
-# Rounds that are measured, after one that is not: more until there are as many runs, and yet more, of what is compared, while
+# Rounds that are measured, after those that prepare: more until there are as many runs, and yet more, of what is compared, while
 # the medians are uncertain by more than a share of CERTAIN. No new one after MEASURED_S of runs.
 ROUNDS, MANY_RUNS, MOST_ROUNDS, MEASURED_S, CERTAIN = 5, 30, 300, 8.0, 0.01
 # What takes less on a CPU runs several times in a round, as layers in a model do: ranks that are level at the start of each run
@@ -212,9 +212,9 @@ def measure(
         return dict(zip(names, slowest.tolist()))
 
     left, certain, spent_s = list(regions), not compared, 0.0
-    first = turn(left)  # which also prepares
+    turn(left)  # which prepares, and may be slow
     if device.type == "cpu":
-        repeats = {name: max(1, round(RUN_S / times[-1])) for name, times in first.items()}
+        repeats = {name: max(1, round(RUN_S / times[-1])) for name, times in turn(left).items()}
     many = MANY_RUNS / min(repeats.values())
     while len(found) < ROUNDS or (
         len(found) < (many if certain else MOST_ROUNDS) and spent_s < MEASURED_S and (len(left) > 1 or not compared)
