@@ -15,7 +15,7 @@ from moefx.codegen import gluon_grouped
 from moefx.codegen.triton_launch import (
     cdiv,
     check_dtypes,
-    compiling,
+    compiling_every_size,
     described,
     described_rows,
     find_tile,
@@ -52,12 +52,12 @@ def pointer_tiles(
 ) -> list[Tile]:
     """`pointer_tile` for these operands, or none where blocks have done it; while kernels are only made ready all that
     another number of rows would choose; a small tile in the interpreter."""
-    if done and not compiling():
+    if done and not compiling_every_size():
         return []
     if interpreted():
         return [Tile(32, 32, 32, 4, 1)]
     sizes = [cdiv(total_rows, experts)]
-    if compiling():
+    if compiling_every_size():
         sizes = [1 << n for n in range(MOST_ROWS + 1) if not done or 1 << n < 2 * BLOCKS_FROM]  # as tiles are chosen
     of_chip, precision = shared_bytes(rows.device), float32_precision()
     made = [pointer_tile(rows.device, rows.dtype, precision, n, rows.shape[1], columns, of_chip, products) for n in sizes]
@@ -213,7 +213,7 @@ def left_operand(rows: Tensor, order: Tensor | None, tile: Tile) -> Tensor | Ten
 
 def many_rows(rows: int, experts: int) -> bool:
     """Whether blocks of 128 rows suit; yes while kernels are only made ready for any number of rows."""
-    return compiling() or cdiv(rows, experts) >= BLOCKS_FROM
+    return compiling_every_size() or cdiv(rows, experts) >= BLOCKS_FROM
 
 
 def _launch_linear(rows: Tensor, order: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor, op: str) -> Tensor:

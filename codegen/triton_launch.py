@@ -133,6 +133,7 @@ def float32_precision() -> str:
 
 
 _compiled: list[tuple[Any, bool]] | None = None  # while a list, `launch` compiles into it and runs nothing
+_every_size = True  # whether that is for all numbers of rows
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, shrinks: bool = False, **options: Any) -> None:
@@ -149,17 +150,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, shrinks: bool = False
 
 
 @contextlib.contextmanager
-def only_compiling() -> Iterator[None]:
+def only_compiling(every_size: bool = True) -> Iterator[None]:
     """Inside, kernels are compiled for the arguments they are launched with, side by side, and none runs: what they would
-    have written stays arbitrary. Returns when all are ready and loaded. Not for several threads at once."""
-    global _compiled
+    have written stays arbitrary. Returns when all are ready and loaded. Not for several threads at once.
+
+    every_size: also those that another number of rows would take.
+    """
+    global _compiled, _every_size
     if interpreted():
         yield  # nothing to compile
         return
     compiled: list[tuple[Any, bool]] = []
     side_by_side = getattr(triton, "AsyncCompileMode", None)  # since Triton 3.5
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        _compiled = compiled
+        _compiled, _every_size = compiled, every_size
         try:
             with side_by_side(pool) if side_by_side else contextlib.nullcontext():
                 yield
@@ -181,8 +185,13 @@ def _load(kernel: Any, shrinks: bool, device: int | None) -> None:
 
 
 def compiling() -> bool:
-    """Whether kernels are only made ready now: then those for all numbers of rows are launched."""
+    """Whether kernels are only made ready now."""
     return _compiled is not None
+
+
+def compiling_every_size() -> bool:
+    """Whether kernels are only made ready, and those for all numbers of rows: then all of them are launched."""
+    return _compiled is not None and _every_size
 
 
 def launch_block(

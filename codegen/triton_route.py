@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from moefx.codegen.triton_launch import cdiv, compiling, launch, on_device, power_of_2
+from moefx.codegen.triton_launch import cdiv, compiling, compiling_every_size, launch, on_device, power_of_2
 
 BLOCK = 256
 GROUPS = 64
@@ -112,10 +112,10 @@ def route(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, 
     offsets = allocate(experts + 1, dtype=torch.int32)
     position = allocate(ids.shape, dtype=torch.int64)
     with on_device(ids):
-        if slots <= FEW_SLOTS or compiling():
+        if slots <= FEW_SLOTS or compiling_every_size():
             grid = (cdiv(slots + experts + 1, 32),)
             launch(place_few_kernel, grid, ids, order, offsets, position, slots, experts, BLOCK=32, STEP=128)
-        if slots > FEW_SLOTS or compiling():
+        if slots > FEW_SLOTS or compiling_every_size():
             _count_and_place(ids, experts, order, offsets, position)
     return order, offsets, position
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from moefx.codegen.gluon_grouped import why_not
-from moefx.codegen.triton_launch import compiling
+from moefx.codegen.triton_launch import compiling_every_size
 
 from moefx.errors import InputError
 from moefx.profile import cache_folder, device_name, file_name
@@ -129,7 +129,7 @@ def tiles_for(device: torch.device, kind: str, rows: int, inner: int, columns: i
     """The tile of a product (see `rule`); while kernels are only made ready those of any number of rows."""
     if kind in _forced:
         return [_forced[kind]]
-    if not compiling():
+    if not compiling_every_size():
         return [_choose(device, kind, _rounded(rows), inner, columns)]
     return list(dict.fromkeys(_choose(device, kind, 1 << n, inner, columns) for n in range(MOST_ROWS + 1)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from moefx.codegen.triton_grouped import grouped_linear, grouped_wgrad
-from moefx.codegen.triton_launch import compiling
+from moefx.codegen.triton_launch import compiling_every_size
 from moefx.codegen.triton_permute import combine_into, gather_rows
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def column_parts(rows: int, width: int, itemsize: int) -> list[slice]:
     whole, halves = [slice(0, width)], [slice(0, width // 2), slice(width // 2, width)]
     if width % 512:  # blocks of 256 columns, of which none should be left over
         return whole
-    if compiling():
+    if compiling_every_size():
         return whole + halves
     return halves if rows * width * itemsize > LARGE_BYTES else whole
 

@@ -230,25 +230,27 @@ def best_reason(reasons: list[Decline], near: list[str], location: str) -> Decli
     return Decline("no routed experts: " + first, "; ".join(notes[1:4]), location)
 
 
+def gradient_rounds(module: nn.Module) -> list[list[str]]:
+    """The parameters whose gradients are compared together: large ones one at a time, so that few gradients are alive at once."""
+    sizes = {n: p.numel() * p.element_size() for n, p in module.named_parameters() if p.is_floating_point()}
+    large = [n for n, size in sizes.items() if size > LARGE_BYTES]
+    return [[n] for n in large] + [[n for n in sizes if n not in large]]
+
+
 def compare_on_device(
     module: nn.Module,
     variant: Variant,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dtype: torch.dtype,
-    gradients: bool,
+    rounds: list[list[str]],
 ) -> float:
-    """Relative error on the block's own weights; large parameters one at a time, so that few gradients are alive at once."""
+    """Relative error on the block's own weights. rounds: see `gradient_rounds`; empty: no gradients."""
     device = next(module.parameters()).device
     where = f"its own weights ({dtype}, {device.type})"
-    sizes = {n: p.numel() * p.element_size() for n, p in module.named_parameters() if p.is_floating_point()}
-    large = [n for n, size in sizes.items() if size > LARGE_BYTES]
-    rounds = [[n] for n in large] + [[n for n in sizes if n not in large]] if gradients else [[]]
-    if gradients:
-        with selection.paying():
-            variant.precompile(module, args, kwargs, rounds)
+    gradients = bool(rounds)
     worst = 0.0
-    for wanted in rounds:
+    for wanted in rounds or [[]]:
         try:
             run = lambda a, k: type(module).forward(module, *a, **k)  # noqa: E731
             expected = verify.run_once(run, module, args, kwargs, gradients, wanted)

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from moefx import probe, search, verify
-from moefx.analysis import analyse, compare_on_device, runs, runs_on_some
+from moefx.analysis import analyse, compare_on_device, gradient_rounds, runs, runs_on_some
 from moefx.block import (
     RewrittenForward,
     SelectingForward,
@@ -33,7 +33,7 @@ from moefx.errors import Decline, InputError
 from moefx.options import Options
 from moefx.passes.beside import beside
 from moefx.report import DeclinedBlock, FoundBlock, Report, graphs_of
-from moefx.selection import prepare
+from moefx.selection import paying, prepare
 
 log = logging.getLogger(__name__)
 
@@ -481,8 +481,12 @@ def _check_device(module: nn.Module, variant: Variant, example: probe.Example, g
     dtypes = list(dict.fromkeys(d for d in (example.dtype, parameter.dtype) if d.is_floating_point)) or [torch.float32]
     dtype = next((d for d in dtypes[:-1] if runs(module, *inputs(d))), dtypes[-1])
     args, kwargs = inputs(dtype)
+    rounds = gradient_rounds(module) if gradients else []
     with probe.state_kept(module):
-        return compare_on_device(module, variant, args, kwargs, dtype, gradients)
+        if gradients:
+            with paying():
+                variant.precompile(module, args, kwargs, rounds)
+        return compare_on_device(module, variant, args, kwargs, dtype, rounds)
 
 
 def _signature(example: probe.Example) -> Any:

@@ -16,6 +16,7 @@ import operator
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,13 +28,13 @@ from torch._subclasses import FakeTensor
 from moefx import known, probe, region_op, search
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
-from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, caller_autocast, observe
+from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, caller_autocast, entering, observe
 from moefx.graph_nodes import above, autocasts, inline, line_of, name_of
 from moefx.options import Options
 from moefx.passes.select import select
 from moefx.passes.splice import Change, Part, apply, part_of, value_of
 from moefx.report import GRAPHS, DeclinedBlock, FoundBlock, GraphReport
-from moefx.selection import TOPK
+from moefx.selection import TOPK, prepare
 
 log = logging.getLogger(__name__)
 find_log = logging.getLogger("moefx.passes.find")
@@ -70,7 +71,10 @@ def moefx(
     report.seconds = time.perf_counter() - start
     report.parameters = [weakref.ref(p) for p in example_inputs if isinstance(p, nn.Parameter)]
     GRAPHS.append(report)
-    compiled = inner(gm, example_inputs)
+    with ThreadPoolExecutor(1) as pool:
+        for choice in _choices(gm.graph):
+            pool.submit(prepare, chosen.kernels, *choice)  # what fails here fails again, and is raised, in the first call
+        compiled = inner(gm, example_inputs)
     for region, params in bound:  # not before: the compiler has to find every parameter where Dynamo has seen it
         region.binder.bind(params)
     return compiled
@@ -161,6 +165,13 @@ def _repeats(part: Part, smaller: list[Part]) -> bool:
 # ------------------------------------------------------------------------------------------------ the whole graph
 
 
+def _choices(graph: fx.Graph) -> set[tuple[torch.device, torch.dtype, int, int]]:
+    """Of the routers whose choice moefx makes: device and dtype of the scores, how many they are, and how many are chosen."""
+    nodes = [n for n in graph.nodes if n.target is TOPK]
+    values = [(value_of(n.args[0]), n.args[1]) for n in nodes]
+    return {(v.device, v.dtype, v.shape[-1], k) for v, k in values if isinstance(v.shape[-1], int) and isinstance(k, int)}
+
+
 Bound = list[tuple[CompiledRegion, dict[str, Tensor]]]  # regions with their parameters
 Called = list[tuple[fx.GraphModule, list[fx.Node]]]  # graphs that a node runs, with the nodes whose values they are given
 
@@ -181,8 +192,9 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report
         if parts or called:
             seen: dict[fx.Node, Any] = {}
             if not _all_known(parts, params, called, options):
-                seen = observe(gm, inputs, parts, {n for _, operands in called for n in operands})
-            bound = _rewrite_parts(gm, parts, params, seen, options, report)
+                firsts = {_key(part, params, options): part for part in reversed(parts)}  # of each structure
+                seen = observe(gm, inputs, list(firsts.values()), {n for _, operands in called for n in operands})
+            bound = _rewrite_parts(gm, inputs, parts, params, seen, options, report)
             for inner, operands in called:
                 bound += _rewrite(inner, [params.get(n, seen.get(n)) for n in operands], options, report)
     except Decline as reason:
@@ -252,13 +264,14 @@ def _called(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, list[fx.Node]]
 
 def _rewrite_parts(
     gm: fx.GraphModule,
+    inputs: Sequence[Any],
     parts: list[Part],
     params: dict[fx.Node, nn.Parameter],
     seen: dict[fx.Node, Any],
     options: Options,
     report: GraphReport,
 ) -> Bound:
-    """seen: the values that enter the parts; nothing where every part was found before."""
+    """seen: the values that enter the first part of each structure; nothing where every part was found before."""
     bound: Bound = []
     analysed: dict[Any, Found | Decline] = {}
     taken: set[fx.Node] = set()
@@ -272,6 +285,8 @@ def _rewrite_parts(
         if key not in analysed:
             if len(analysed) == MAX_PARTS:
                 raise Decline(f"more than {MAX_PARTS} different candidates in one graph")
+            if not seen.keys() >= entering(part):  # the first of its structure was a part of something else
+                seen = observe(gm, inputs, [part], set())
             analysed[key] = _analyse(gm, part, params, seen, options)
             if isinstance(reason := analysed[key], Decline):
                 report.declined.append(DeclinedBlock(part.name, reason.reason, reason.nearest, reason.location))

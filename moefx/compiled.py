@@ -76,11 +76,19 @@ class CompiledRegion:
         return self.run_forward(x, ids, w, tensors, autocast_dtype(x.device.type), keep=False)[0]
 
     def precompile(
-        self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor], rounds: Sequence[Sequence[str]]
+        self,
+        x: Tensor,
+        ids: Tensor,
+        w: Tensor,
+        params: Mapping[str, Tensor],
+        rounds: Sequence[Sequence[str]],
+        every_size: bool = True,
+        may_pack: bool = True,
     ) -> None:
         """Compiles the kernels that a call with these arguments and its backward need, side by side, and runs none.
 
         rounds: the parameters whose gradients are wanted, taken apart so that only one round's are allocated at once.
+        every_size: also those for other numbers of tokens. may_pack: see `LeafBinder.bind`.
         """
         compiling = ops_for(x.device.type, self.kernels).get("only_compiling")
         if compiling is None:
@@ -88,11 +96,11 @@ class CompiledRegion:
         self._check(x, ids, w, params)
         tensors = [params[name] for name in self.binder.names]
         dtype = autocast_dtype(x.device.type)
-        with compiling():
-            self.run_forward(x, ids, w, tensors, dtype, keep=False)
-            y, saved = self.run_forward(x, ids, w, tensors, dtype)
+        with compiling(every_size):
+            self.run_forward(x, ids, w, tensors, dtype, False, may_pack)
+            y, saved = self.run_forward(x, ids, w, tensors, dtype, True, may_pack)
             for wanted in rounds:
-                self.run_backward(saved, y, tensors, [n in wanted for n in self.binder.names], True, dtype)
+                self.backward_blocks(saved, y, tensors, [n in wanted for n in self.binder.names], True, dtype, may_pack)
 
     def _check(self, x: Tensor, ids: Tensor, w: Tensor, params: Mapping[str, Tensor]) -> None:
         region = self.region

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from moefx.analysis import (
     MAX_HYPOTHESES,
     best_reason,
     compare_on_device,
+    gradient_rounds,
     hypotheses,
     probe_inputs,
     runs_on_some,
@@ -26,7 +27,7 @@ from moefx.analysis import (
 from moefx.build import compile_region
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline
-from moefx.graph_nodes import in_autocast, line_of, state_at, transforms_left
+from moefx.graph_nodes import autocasts, in_autocast, line_of, state_at, transforms_left
 from moefx.ir import Region
 from moefx.options import Options
 from moefx.passes import find
@@ -48,26 +49,48 @@ class _Observer(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
         super().__init__(gm)
         self.wanted, self.seen = wanted, dict[fx.Node, Any]()
+        self.last: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
+        self.last = n
         result = super().run_node(n)
         if n in self.wanted:
             self.seen[n] = result.detach().clone() if isinstance(result, Tensor) else result
+            if len(self.seen) == len(self.wanted):
+                raise _AllSeen
         return result
+
+    def leave(self) -> None:
+        """The autocasts that the nodes have entered, where the run did not get to the end."""
+        for node in reversed(autocasts(self.last)) if self.last else ():
+            torch.amp.autocast_mode._exit_autocast(self.env[node])
+
+
+class _AllSeen(Exception):
+    """Stops a run whose rest has no use."""
+
+
+def entering(part: Part) -> set[fx.Node]:
+    """The nodes whose values an analysis of the part needs."""
+    return {*part.inputs, *part.others, *part.sizes}
 
 
 def observe(gm: fx.GraphModule, inputs: Sequence[Any], parts: list[Part], also: set[fx.Node]) -> dict[fx.Node, Any]:
-    """The values that enter the parts, and those of `also`, in one run without gradients on copies of the inputs.
+    """The values that enter the parts, and those of `also`, in one run without gradients on copies of the inputs, which ends
+    when all are seen.
 
     Raises Decline when the graph does not run on its inputs.
     """
-    wanted = also.union(*((*part.inputs, *part.others, *part.sizes) for part in parts))
+    wanted = also.union(*map(entering, parts))
     copies = [x.detach().clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else _hint(x) for x in inputs]
     devices = list({x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"})
     observer = _Observer(gm, wanted)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), transforms_left():
-            observer.run(*copies)
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), transforms_left(), contextlib.suppress(_AllSeen):
+            try:
+                observer.run(*copies)
+            finally:
+                observer.leave()
     except Exception as error:
         raise Decline(f"the graph does not run on its example inputs: {type(error).__name__}: {error}") from error
     return observer.seen
@@ -269,7 +292,7 @@ class Analysis:
             errors = verify.verify(
                 self.twin, run, self.example, compiled.region.experts, lowest, GuardFailed, own_sizes=fixed or few, fixed=fixed
             )
-            errors["device"] = self._on_device(change, lowest)
+            errors["device"] = _OnDevice(self, change, lowest).error()
         finally:
             self.twin.listener = listener
         return Found(self.part.name, change.placed(self.part), compiled, hypothesis.routing.top_k, errors)
@@ -290,53 +313,61 @@ class Analysis:
             if node not in dead and any(source in theta for source in node.all_input_nodes):
                 raise Decline(f"something besides the combined output still needs the experts' parameters: {node}")
 
-    def _on_device(self, change: Change, lowest: torch.dtype) -> float:
-        """The part itself against its changed form, on its own weights: on the values that entered, and at the same sizes
-        on tokens that all choose alike, which any limit of how many an expert takes would show."""
-        adapter = _OnDevice(self.block, change, lowest)
-        leaves = tuple(t.detach() for t in self.entering)
-        with in_autocast(self.autocast), state_at(change.after):
-            gradients = all(p.requires_grad for p in self.own) and _differentiable(self.block, leaves)
-        worst = 0.0
-        with probe.state_kept(self.block), in_autocast(self.autocast), state_at(change.after):
-            for inputs in (leaves, *(self._crowded(tokens) for tokens in ("alike", "one") if self.fixed)):
-                with_gradients = gradients and inputs is leaves
-                error = compare_on_device(self.block, adapter, inputs, {}, self.dtype, with_gradients)  # type: ignore[arg-type]
-                worst = max(worst, error)
-        return worst
+
+class _OnDevice:
+    """The part itself against its changed form, on its own weights: on the values that entered, and at the same sizes
+    on tokens that all choose alike, which any limit of how many an expert takes would show."""
+
+    def __init__(self, analysis: Analysis, change: Change, lowest: torch.dtype) -> None:
+        self.of, self.change, self.lowest = analysis, change, lowest
+        self.entered = tuple(t.detach() for t in analysis.entering)
+        with self._state():
+            gradients = all(p.requires_grad for p in analysis.own) and _differentiable(analysis.block, self.entered)
+        self.rounds = gradient_rounds(analysis.block) if gradients else []
+
+    @contextlib.contextmanager
+    def _state(self) -> Iterator[None]:
+        """As where the region stands in the graph."""
+        with probe.state_kept(self.of.block), in_autocast(self.of.autocast), state_at(self.change.after):
+            yield
+
+    def run(self, _module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+        return self.of.block.run(args, self.change)
+
+    def error(self) -> float:
+        """Relative, the worst."""
+        if self.rounds:
+            self._compile()
+        crowded = [self._crowded(tokens) for tokens in self._crowds()]
+        with self._state():
+            return max(
+                compare_on_device(self.of.block, self, inputs, {}, self.of.dtype, rounds)  # type: ignore[arg-type]
+                for inputs, rounds in ((self.entered, self.rounds), *((inputs, []) for inputs in crowded))
+            )
+
+    def _crowds(self) -> Iterator[str]:
+        if self.of.fixed:
+            yield "alike"
+            if any(not t.is_floating_point() and t.dim() > 1 for t in self.entered):  # experts that were chosen outside
+                yield "one"
 
     def _crowded(self, tokens: str) -> tuple[Tensor, ...]:
         """Inputs of the example's sizes, dtypes and devices, all tokens of which choose the same experts."""
-        experts = probe.guess_experts(self.block)
-        drawn, _ = probe.draw(self.example, self.example.token_sizes, self.options.seed, experts, tokens, self.dtype)
-        return tuple(t.to(own.device, own.dtype) for t, own in zip(drawn, self.entering))
+        experts = probe.guess_experts(self.of.block)
+        drawn, _ = probe.draw(self.of.example, self.of.example.token_sizes, self.of.options.seed, experts, tokens, self.of.dtype)
+        return tuple(t.to(own.device, own.dtype) for t, own in zip(drawn, self.entered))
 
-
-@dataclass
-class _OnDevice:
-    """What the comparison on the device asks of a rewriting."""
-
-    block: Block
-    change: Change
-    lowest: torch.dtype
-
-    def run(self, _module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-        return self.block.run(args, self.change)
-
-    def precompile(self, _module: nn.Module, args: tuple[Any, ...], _kwargs: Any, rounds: list[list[str]]) -> None:
-        """Makes the kernels ready, side by side; see `CompiledRegion.precompile`."""
+    def _compile(self) -> None:
+        """Makes the kernels ready, side by side. A graph for one number of tokens needs only the kernels for those."""
         call: Routed = self.change.call  # type: ignore[assignment]
+        every_size = any(isinstance(size, torch.SymInt) for n in self.of.part.inputs for size in value_of(n).shape)
 
         def ready(x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None, like: Any, *params: Tensor) -> Tensor:
-            call.compiled.precompile(*call.inputs(x, ids, w, keep, params), rounds)
+            call.compiled.precompile(*call.inputs(x, ids, w, keep, params), self.rounds, every_size, may_pack=False)
             raise _AllSeen
 
-        with torch.no_grad(), contextlib.suppress(_AllSeen):
-            self.block.run(args, replace(self.change, call=ready))
-
-
-class _AllSeen(Exception):
-    """Stops a run whose rest has no use."""
+        with self._state(), torch.no_grad(), contextlib.suppress(_AllSeen):
+            self.of.block.run(self.entered, replace(self.change, call=ready))
 
 
 def _differentiable(block: Block, inputs: tuple[Tensor, ...]) -> bool:

@@ -333,12 +333,10 @@ def draw(
             shape = [new_size.get(n, n) for n in t.shape[:-1]] + [t.shape[-1]]
             if any(not i.is_floating_point() and i.shape == t.shape for i in leaves if isinstance(i, Tensor)):
                 return (torch.rand(shape, generator=generator) + 0.1).to(dtype)
-            noise = torch.randn(shape, generator=generator)
-            if tokens in ("alike", "near"):
-                noise = torch.randn(shape[-1], generator=generator).expand(shape) + (
-                    0.01 * noise if tokens == "near" else 0
-                )
-            return noise.clone().to(dtype)
+            if tokens not in ("alike", "near"):
+                return torch.randn(shape, generator=generator).to(dtype)
+            token = torch.randn(shape[-1], generator=generator).expand(shape)
+            return (token + 0.01 * torch.randn(shape, generator=generator) if tokens == "near" else token.clone()).to(dtype)
         if t.dim() >= 2 and tuple(t.shape) in partners and t.dtype != torch.bool:
             shape = [new_size.get(n, n) for n in t.shape[:-1]]
             limit = max(experts, t.shape[-1], int(t.max()) + 1 if t.numel() else 0)

@@ -138,8 +138,8 @@ def run_once(
         grads: dict[str, Tensor | None] = {}
         roots = [t for t in outputs if t.requires_grad]
         if roots:
-            generator = torch.Generator().manual_seed(3)
-            cotangents = [torch.randn(t.shape, generator=generator).to(t) for t in roots]
+            generators = {device: torch.Generator(device).manual_seed(3) for device in {t.device for t in roots}}
+            cotangents = [torch.randn(t.shape, generator=generators[t.device], device=t.device).to(t.dtype) for t in roots]
             sources = {**params, **{f"input {i}": t for i, t in enumerate(differentiable)}}
             found = torch.autograd.grad(roots, list(sources.values()), cotangents, allow_unused=True)
             grads = dict(zip(sources, found))

@@ -41,7 +41,7 @@ from moefx.passes.select import select
 
 import moefx.backend
 from moefx import graph_analysis, graph_nodes
-from moefx.errors import InputError
+from moefx.errors import Decline, InputError
 from moefx.region_op import REGIONS
 from moefx.report import GRAPHS
 
@@ -615,6 +615,43 @@ def test_autocast(where: str) -> None:
     assert y[0].dtype is expected[0].dtype is torch.bfloat16
     assert_same(y, expected, torch.bfloat16)
     assert len(GRAPHS[0].found) == 2, GRAPHS[0]
+
+
+def test_the_observed_run_ends_where_all_is_seen() -> None:
+    """And leaves the autocast that it has entered."""
+
+    def fails(_: Tensor) -> Tensor:
+        raise RuntimeError("the rest of the graph runs")
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, False))
+    seen = graph.call_function(torch.mm, (x, x))
+    last = graph.call_function(fails, (seen,))
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    graph.output(last)
+    gm = fx.GraphModule(nn.Module(), graph)
+    values = graph_analysis.observe(gm, [torch.eye(3)], [], {seen})
+    assert list(values) == [seen] and values[seen].dtype is torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(Decline, match="the rest of the graph runs"):
+        graph_analysis.observe(gm, [torch.eye(3)], [], {seen, last})
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_layers_of_one_structure_are_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    observed: list[list[str]] = []
+
+    def observe(gm: fx.GraphModule, inputs: Any, parts: Any, also: Any) -> Any:
+        observed.append([part.name for part in parts])
+        return graph_analysis.observe(gm, inputs, parts, also)
+
+    monkeypatch.setattr(moefx.backend, "observe", observe)
+    model = Layers("gathered")
+    torch.compile(model, backend="moefx", fullgraph=True, options=INNER)(tokens(3, 11))
+    found = [block.name for block in GRAPHS[0].found]
+    assert len(found) == 2 and len(observed) == 1
+    assert found[0] in observed[0] and found[1] not in observed[0]
 
 
 @pytest.mark.parametrize("entrance", ["backend", "optimize"])
