@@ -50,7 +50,7 @@ BLOCKS_FROM = 25  # rows an expert, at the mean: from here on the copy engine's 
 def pointer_tiles(
     rows: Tensor, total_rows: int, experts: int, columns: int, products: int = 1, done: bool = False
 ) -> list[Tile]:
-    """`pointer_tile` for these operands, or none where blocks have done it; while kernels are only made ready all that
+    """`pointer_tile` for these operands, or none where blocks have done it; while those of every size are made ready all that
     another number of rows would choose; a small tile in the interpreter."""
     if done and not compiling_every_size():
         return []

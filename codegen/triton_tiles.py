@@ -4,7 +4,7 @@ What `moefx calibrate` measured on this GPU decides, for products of about the s
 defaults measured on H200s (docs/kernels.md). Nothing is tuned while a model runs, and the number of tokens, rounded up to a
 power of two, chooses among kernels that `moefx.optimize` has made ready.
 
-    tiles_for(device, kind, rows, inner, columns)   the tile; while kernels are only made ready all that any rows would take
+    tiles_for(device, kind, rows, inner, columns)   the tile; while those of every size are made ready all that any rows would take
     rule(kind, rows, inner, columns)                the default
     candidates(kind, rows, inner, columns)          what `moefx calibrate` compares
     Measured                                        what it found, a file a GPU
@@ -126,7 +126,7 @@ def candidates(kind: str, rows: int, inner: int, columns: int, specialised: bool
 
 
 def tiles_for(device: torch.device, kind: str, rows: int, inner: int, columns: int) -> list[Tile]:
-    """The tile of a product (see `rule`); while kernels are only made ready those of any number of rows."""
+    """The tile of a product (see `rule`); while those of every size are made ready those of any number of rows."""
     if kind in _forced:
         return [_forced[kind]]
     if not compiling_every_size():

@@ -16,7 +16,7 @@ LARGE_BYTES = 1 << 28  # of rows that are made in halves
 
 
 def column_parts(rows: int, width: int, itemsize: int) -> list[slice]:
-    """The columns that are made together; while kernels are only made ready all that another number of rows would have."""
+    """The columns that are made together; while those of every size are made ready all that another number of rows would have."""
     whole, halves = [slice(0, width)], [slice(0, width // 2), slice(width // 2, width)]
     if width % 512:  # blocks of 256 columns, of which none should be left over
         return whole

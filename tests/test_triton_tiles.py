@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moefx.codegen import triton_grouped
+from moefx.codegen import triton_grouped, triton_launch, triton_route, triton_workspace
 from moefx.codegen import triton_tiles as tiles
 from moefx.codegen.triton_tiles import Choice, Measured, Tile
 
@@ -71,7 +71,7 @@ def test_any_number_of_rows_finds_its_kernel_ready(
     with pytest.MonkeyPatch.context() as patch:
         known(patch, measured(*choices))
         (tile,) = tiles.tiles_for(GPU, "linear", rows, inner, columns)
-        patch.setattr(tiles, "compiling", lambda: True)
+        patch.setattr(tiles, "compiling_every_size", lambda: True)
         assert tile in tiles.tiles_for(GPU, "linear", 1, inner, columns)
 
 
@@ -93,8 +93,25 @@ def test_any_number_of_rows_finds_its_pointer_kernel_ready(
         patch.setattr(triton_grouped, "shared_bytes", lambda device: 232448)
         patch.setattr(tiles, "_choose", lambda device, *of: measured(*choices).nearest(*of) or tiles.rule(*of))
         (tile,) = triton_grouped.pointer_tiles(given_rows, rows, experts, columns)
-        patch.setattr(triton_grouped, "compiling", lambda: True)
+        patch.setattr(triton_grouped, "compiling_every_size", lambda: True)
         assert tile in triton_grouped.pointer_tiles(given_rows, 1, experts, columns, done=blocks)
+
+
+@pytest.mark.parametrize("every_size", [True, False])
+def test_one_number_of_rows_gets_no_more_than_its_own_kernels(every_size: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch, measured(*(Choice("linear", rows, 2048, 1024, replace(OWN, group=rows), 1.1) for rows in (1, 64, 4096))))
+    own, routed = tiles.tiles_for(GPU, "linear", 64, 2048, 1024), []
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_route, "launch", lambda kernel, *_, **__: routed.append(kernel))
+    with triton_launch.only_compiling(every_size):
+        made = tiles.tiles_for(GPU, "linear", 64, 2048, 1024)
+        parts = triton_workspace.column_parts(64, 2048, 2)
+        triton_route.route(torch.zeros(64, 2, dtype=torch.int64), 8)
+        assert triton_grouped.many_rows(64, 64) == every_size
+    assert own[0] in made and (len(made) > 1) == every_size
+    assert len(parts) == (3 if every_size else 1)
+    assert len(routed) == (3 if every_size else 1), "one kernel places few slots, two place many"
+    assert not triton_launch.compiling() and not triton_launch.compiling_every_size()
 
 
 def test_what_is_saved_is_read_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
