@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def analyse(
                 except Decline as reason:
                     log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
                     reason.location = reason.location or hypothesis.combined.line
-                    reasons.append(reason)
+                    reasons.append(reason.alone())
                     tried += 1
                     if tried == MAX_HYPOTHESES:
                         break
@@ -74,31 +75,39 @@ def analyse(
 def hypotheses(
     twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], near: list[str], all_reached: bool
 ) -> Generator[Hypothesis, None, None]:
-    """What the block may compute. all_reached: stop at the first sign of experts that no token reached in this run."""
-    probe.unpack(twin)
-    first = Lifter(twin)
-    with probe.state_kept(twin):
-        trace = capture(twin, *copy.deepcopy((args, kwargs)), first)
-    find.side_effects(trace)
-    groups = find.expert_groups(first)
-    if not groups:
-        near.append("no parameters take each other's place in one computation, as experts do")
-    for group in groups:
+    """What the block may compute. all_reached: stop at the first sign of experts that no token reached in this run.
+
+    Once the generator is closed, its hypotheses' traces are no longer whole.
+    """
+    with contextlib.ExitStack() as at_last:
+
+        def captured(watch: Lifter | None = None) -> Trace:
+            trace = capture(twin, *copy.deepcopy((args, kwargs)), watch)
+            at_last.callback(trace.release)
+            return trace
+
         probe.unpack(twin)
-        lifter = Lifter(twin, group)
+        first = Lifter(twin)
         with probe.state_kept(twin):
-            trace = capture(twin, *copy.deepcopy((args, kwargs)), lifter)
-        if all_reached:
-            find.check_reached(twin, lifter)
-        ungated = yield from find.hypotheses(trace, lifter, _redrawn(twin, group, args, kwargs), near)
-        near.extend(dict.fromkeys(lifter.notes))
-        if ungated and all_reached:  # taken for shared experts, which was refuted
-            raise find.Unreached(f"no token was given to {ungated}")
+            trace = captured(first)
+        find.side_effects(trace)
+        groups = find.expert_groups(first)
+        if not groups:
+            near.append("no parameters take each other's place in one computation, as experts do")
+        for group in groups:
+            probe.unpack(twin)
+            lifter = Lifter(twin, group)
+            with probe.state_kept(twin):
+                trace = captured(lifter)
+            if all_reached:
+                find.check_reached(twin, lifter)
+            ungated = yield from find.hypotheses(trace, lifter, _redrawn(twin, group, captured), near)
+            near.extend(dict.fromkeys(lifter.notes))
+            if ungated and all_reached:  # taken for shared experts, which was refuted
+                raise find.Unreached(f"no token was given to {ungated}")
 
 
-def _redrawn(
-    twin: nn.Module, group: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[int], Trace | None]:
+def _redrawn(twin: nn.Module, group: frozenset[str], captured: Callable[[], Trace]) -> Callable[[int], Trace | None]:
     """Runs the same inputs with other expert parameters (seed 0: puts the first ones back)."""
     tensors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     kept: dict[str, Tensor] = {}
@@ -111,7 +120,7 @@ def _redrawn(
             tensors[name].detach().copy_(probe.random_like(first, first.dtype, generator) if seed else first)
         if seed not in traces:
             try:
-                traces[seed] = capture(twin, *copy.deepcopy((args, kwargs)))
+                traces[seed] = captured()
             except Decline:
                 traces[seed] = None
         return traces[seed]
@@ -150,8 +159,9 @@ def _realise(
     )
     lowest = precision([v.tensor for v in hypothesis.trace.values])
     location = _source_line(type(module))
+    routing = replace(hypothesis.routing, ids=None, w=None, keep=None)  # without the values of this run
     variant = Variant(
-        compiled.region, hypothesis.routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
+        compiled.region, routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
         tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph,
         _order_matters(hypothesis.trace),

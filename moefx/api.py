@@ -436,7 +436,7 @@ def _try(
                 _try_mode(forward, analyser, variant, example)
         return variant
     except Decline as reason:
-        return reason
+        return reason.alone()
     except Exception as error:
         log.exception("moefx failed on %s", type(module).__name__)
         return Decline(f"moefx itself failed on this block, please report it: {type(error).__name__}: {error}")

@@ -365,7 +365,7 @@ def _analyse(
         with probe.neutral():
             return Analysis(gm, part, params, seen, options, autocast).found()
     except Decline as reason:
-        return reason
+        return reason.alone()
     except Exception as error:
         log.exception("moefx failed on %s", part.name or "the graph")
         return Decline(f"moefx itself failed on this part, please report it: {type(error).__name__}: {error}")

@@ -338,7 +338,7 @@ class RewrittenForward(OwnForward):
             try:
                 self.variants[key] = self.analyse(self.module, args, kwargs)
             except Decline as reason:
-                self.variants[key] = reason
+                self.variants[key] = reason.alone()
             except Exception as error:
                 log.exception("moefx failed on %s", type(self.module).__name__)
                 self.variants[key] = Decline(f"moefx itself failed: {type(error).__name__}: {error}")

@@ -1,5 +1,7 @@
 """Every error that moefx raises on purpose. Each message says what, where, and what to try."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 
@@ -17,6 +19,10 @@ class Decline(MoefxError):
     def __init__(self, reason: str, nearest: str = "", location: str = "") -> None:
         super().__init__(reason)
         self.reason, self.nearest, self.location = reason, nearest, location
+
+    def alone(self) -> Decline:
+        """A copy to keep: without what ran when it was raised, which holds the probe copy's parameters."""
+        return Decline(self.reason, self.nearest, self.location)
 
 
 class PlanError(MoefxError):

@@ -251,7 +251,7 @@ class Analysis:
                         return self._verified(hypothesis, change)
                     except Decline as reason:
                         find_log.debug("refuted: %s: %s", hypothesis.region.routing, reason)
-                        reasons.append(reason)
+                        reasons.append(reason.alone())
                     if tried == MAX_HYPOTHESES:
                         break
                 break
@@ -305,7 +305,7 @@ class Analysis:
                 try:
                     return link(hypothesis, self.part, record), record
                 except Decline as error:
-                    reason = error
+                    reason = error.alone()
         raise reason
 
     def _check_others(self, dead: frozenset[fx.Node], theta: tuple[fx.Node, ...]) -> None:

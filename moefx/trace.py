@@ -134,6 +134,11 @@ class Trace:
     side_effects: tuple[tuple[str, str], ...]  # (module path, what it changed on itself)
     module: nn.Module = field(repr=False)
 
+    def release(self) -> None:
+        """Lets Values and Calls no longer refer to each other: else tensors of a probe copy stay until garbage is collected."""
+        for value in self.values:
+            value.producer = None
+
     def __str__(self) -> str:
         return "\n".join([f"inputs {list(self.inputs)}", *map(str, self.calls), f"return {self.result}"])
 

@@ -167,40 +167,40 @@ class Evaluator:
 
     def __call__(self, tv: int, binding: tuple[Piece, ...], x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
         """f(x; binding) [T, width]; `weight` [T, 1] stands at the template's gate, if it has one."""
-        memo: dict[tuple[int, tuple[Piece, ...]], Any] = {}
+        made: Tensor = self._value(tv, binding, x, weight, {})
+        return made
 
-        def value(tv: int, binding: tuple[Piece, ...]) -> Any:
-            key = (tv, binding)
-            if key not in memo:
-                memo[key] = compute(self.lifter.nodes[tv], binding)
-            return memo[key]
+    def _value(self, tv: int, binding: tuple[Piece, ...], x: Tensor, weight: Tensor | float, memo: dict[Any, Any]) -> Any:
+        key = (tv, binding)
+        if key not in memo:
+            node = self.lifter.nodes[tv]
+            below = [(child, tuple(binding[i] for i in holes)) for child, holes in node.children]
+            children = [self._value(child, pieces, x, weight, memo) for child, pieces in below]
+            memo[key] = self._compute(node, binding, children, x, weight)
+        return memo[key]
 
-        def compute(node: Node, binding: tuple[Piece, ...]) -> Any:
-            children = [value(child, tuple(binding[i] for i in holes)) for child, holes in node.children]
-            if node.kind == "x":
-                return x
-            if node.kind == "linear":
-                contracted, stride, step, _ = node.args
-                hole = self.hole(binding[-1], (contracted, node.width), (stride, step))
-                return children[0] @ hole.to(children[0].dtype)
-            if node.kind == "vector":
-                return self.hole(binding[0], (node.width,), (node.args[0],)).unsqueeze(0)
-            if node.kind == "columns":
-                start, step = node.args
-                return children[0][:, start : start + step * node.width : step]
-            if node.kind == "item":
-                return children[0][node.args[0]]
-            if node.kind == "gate":
-                return children[0] * weight
-            norm = "norm" in node.name.split(".")[1]
-            if norm:  # norm weights are vectors, not rows
-                children = [c if i == 0 else c.squeeze(0) for i, c in enumerate(children)]
-            op: Any = torch.ops.aten
-            for part in node.name.split(".")[1:]:
-                op = getattr(op, part)
-            return op(*_fill(node.args, children), **{k: _fill(v, children) for k, v in node.kwargs})
-
-        return value(tv, binding)
+    def _compute(self, node: Node, binding: tuple[Piece, ...], children: list[Any], x: Tensor, weight: Tensor | float) -> Any:
+        if node.kind == "x":
+            return x
+        if node.kind == "linear":
+            contracted, stride, step, _ = node.args
+            hole = self.hole(binding[-1], (contracted, node.width), (stride, step))
+            return children[0] @ hole.to(children[0].dtype)
+        if node.kind == "vector":
+            return self.hole(binding[0], (node.width,), (node.args[0],)).unsqueeze(0)
+        if node.kind == "columns":
+            start, step = node.args
+            return children[0][:, start : start + step * node.width : step]
+        if node.kind == "item":
+            return children[0][node.args[0]]
+        if node.kind == "gate":
+            return children[0] * weight
+        if "norm" in node.name.split(".")[1]:  # norm weights are vectors, not rows
+            children = [c if i == 0 else c.squeeze(0) for i, c in enumerate(children)]
+        op: Any = torch.ops.aten
+        for part in node.name.split(".")[1:]:
+            op = getattr(op, part)
+        return op(*_fill(node.args, children), **{k: _fill(v, children) for k, v in node.kwargs})
 
 
 def _fill(args: Any, children: list[Any]) -> Any:

@@ -577,18 +577,9 @@ class Lifter(Emulated):
 
     def _pointwise(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
         operands: list[Tensor] = []
-
-        def symbol(a: Any) -> Any:
-            if isinstance(a, (list, tuple)):
-                return tuple(symbol(b) for b in a)
-            if not isinstance(a, Tensor):
-                return a
-            operands.append(a)
-            return Child(len(operands) - 1)
-
-        symbols = symbol(tuple(args))
+        symbols = _symbol(tuple(args), operands)
         named = tuple(
-            (k, symbol(v)) for k, v in kwargs.items() if k not in ("memory_format", "layout", "device", "pin_memory")
+            (k, _symbol(v, operands)) for k, v in kwargs.items() if k not in ("memory_format", "layout", "device", "pin_memory")
         )
         name = _functional_name(func)
         if name is None:
@@ -800,6 +791,16 @@ def _offsets(tensor: Tensor) -> Tensor:
     for n, stride in zip(tensor.shape, tensor.stride()):
         offsets = offsets[..., None] + torch.arange(n) * stride
     return offsets
+
+
+def _symbol(argument: Any, operands: list[Tensor]) -> Any:
+    """An argument whose tensors are the Children that they become in `operands`."""
+    if isinstance(argument, (list, tuple)):
+        return tuple(_symbol(a, operands) for a in argument)
+    if not isinstance(argument, Tensor):
+        return argument
+    operands.append(argument)
+    return Child(len(operands) - 1)
 
 
 def _functional_name(func: Any) -> str | None:

@@ -15,59 +15,65 @@ def write_template(
     lifter: Lifter, bank: Bank, read_as: torch.dtype | None = None
 ) -> tuple[Template, tuple[Leaf, ...]]:
     """The template value as a program, and its holes as leaves for all experts. read_as: the dtype that tokens are cast to."""
-    instrs: list[Instr] = []
-    leaves: list[Leaf] = []
-    written: dict[Any, Ref] = {}
-    leaf_of: dict[Any, int] = {}
+    writer = _Writer(lifter, bank, read_as)
+    writer.visit(bank.tv, tuple(range(len(bank.bindings[0]))))
+    return Template(tuple(writer.instrs)), tuple(writer.leaves)
 
-    def leaf(
-        position: int, shape: tuple[int, ...], strides: tuple[int, ...], cast: torch.dtype | None = None
+
+class _Writer:
+    def __init__(self, lifter: Lifter, bank: Bank, read_as: torch.dtype | None) -> None:
+        self.lifter, self.bank, self.read_as = lifter, bank, read_as
+        self.instrs: list[Instr] = []
+        self.leaves: list[Leaf] = []
+        self._written: dict[Any, Ref | LeafRef] = {}
+        self._leaf_of: dict[Any, int] = {}
+
+    def _leaf(
+        self, position: int, shape: tuple[int, ...], strides: tuple[int, ...], cast: torch.dtype | None = None
     ) -> LeafRef:
         key = (position, shape, strides, cast)
-        if key not in leaf_of:
-            leaf_of[key] = len(leaves)
-            pieces = [b[position] for b in bank.bindings]
-            names, offsets = tuple(lifter.names[p] for p, _ in pieces), tuple(o for _, o in pieces)
-            leaves.append(Leaf(shape, strides, names, offsets, cast))
-        return LeafRef(leaf_of[key])
+        if key not in self._leaf_of:
+            self._leaf_of[key] = len(self.leaves)
+            pieces = [b[position] for b in self.bank.bindings]
+            names, offsets = tuple(self.lifter.names[p] for p, _ in pieces), tuple(o for _, o in pieces)
+            self.leaves.append(Leaf(shape, strides, names, offsets, cast))
+        return LeafRef(self._leaf_of[key])
 
-    def emit(instr: Instr) -> Ref:
-        instrs.append(instr)
-        return Ref(len(instrs) - 1)
+    def _emit(self, instr: Instr) -> Ref:
+        self.instrs.append(instr)
+        return Ref(len(self.instrs) - 1)
 
-    def visit(tv: int, holes: tuple[int, ...]) -> Ref | LeafRef:
+    def visit(self, tv: int, holes: tuple[int, ...]) -> Ref | LeafRef:
+        """Writes what a template value is made from, and then itself. holes: which of the bank's pieces fill it."""
         key = (tv, holes)
-        if key in written:
-            return written[key]
-        node = lifter.nodes[tv]
+        if key in self._written:
+            return self._written[key]
+        node = self.lifter.nodes[tv]
         if node.kind == "vector":
-            return leaf(holes[0], (node.width,), (node.args[0],))
-        children = [visit(child, tuple(holes[i] for i in inner)) for child, inner in node.children]
+            return self._leaf(holes[0], (node.width,), (node.args[0],))
+        children = [self.visit(child, tuple(holes[i] for i in inner)) for child, inner in node.children]
+        ref: Ref | LeafRef
         if node.kind == "gate":
             ref = children[0]
         elif node.kind == "x":
-            ref = emit(Instr("x", width=node.width))
-            if read_as is not None:
-                ref = emit(Instr("op", "aten._to_copy.default", (ref,), (("dtype", read_as),), node.width))
+            ref = self._emit(Instr("x", width=node.width))
+            if self.read_as is not None:
+                ref = self._emit(Instr("op", "aten._to_copy.default", (ref,), (("dtype", self.read_as),), node.width))
         elif node.kind == "linear":
             contracted, stride, step, cast = node.args
-            hole = leaf(holes[-1], (contracted, node.width), (stride, step), cast)
-            ref = emit(Instr("linear", args=(children[0], hole), width=node.width))
+            hole = self._leaf(holes[-1], (contracted, node.width), (stride, step), cast)
+            ref = self._emit(Instr("linear", args=(children[0], hole), width=node.width))
         elif node.kind == "columns":
             start, step = node.args
-            ref = emit(
-                Instr("columns", args=(children[0], start, start + step * (node.width - 1) + 1, step), width=node.width)
-            )
+            stop = start + step * (node.width - 1) + 1
+            ref = self._emit(Instr("columns", args=(children[0], start, stop, step), width=node.width))
         elif node.kind == "item":
-            ref = emit(Instr("item", args=(children[0], node.args[0]), width=node.width))
+            ref = self._emit(Instr("item", args=(children[0], node.args[0]), width=node.width))
         else:
             kwargs = tuple((k, "model" if v is torch.float64 else _written(v, children)) for k, v in node.kwargs)
-            ref = emit(Instr("op", node.name, _written(node.args, children), kwargs, node.width))
-        written[key] = ref  # type: ignore[assignment]
+            ref = self._emit(Instr("op", node.name, _written(node.args, children), kwargs, node.width))
+        self._written[key] = ref
         return ref
-
-    visit(bank.tv, tuple(range(len(bank.bindings[0]))))
-    return Template(tuple(instrs)), tuple(leaves)
 
 
 def _written(args: Any, children: list[Any]) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from test_block import CLOSE, ListBlock, assert_same_gradients, relative, tokens
 from torch import Tensor, nn
 
 import moefx
+from moefx import probe
 from moefx.block import rewritten
 
 MODELS = ("mixtral", "qwen3_moe")  # each is optimised once for all tests (`hf_pair`), and some tests use one of them
@@ -492,3 +495,22 @@ def test_layers_on_two_gpus_of_which_one_is_current() -> None:
             assert gradient is not None and gradient.device == expected[name].device  # type: ignore[union-attr]
             assert relative(gradient, expected[name]) < 1e-4, name
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jetmoe", "switch_transformers"])
+def test_no_probe_copy_outlives_optimize(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large experts it takes gigabytes, which no collector of garbage knows of."""
+    tiny, copies, probe_copy = build(family), [], probe.probe_copy
+
+    def watched(*args: Any, **kwargs: Any) -> nn.Module:
+        twin = probe_copy(*args, **kwargs)
+        copies.extend(weakref.ref(p) for p in twin.parameters())
+        return twin
+
+    monkeypatch.setattr(probe, "probe_copy", watched)
+    gc.disable()
+    try:
+        moefx.optimize(tiny.model, tiny.inputs(2, 9))
+    finally:
+        gc.enable()
+    assert copies and not any(copy() is not None for copy in copies)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -637,6 +639,34 @@ def test_the_observed_run_ends_where_all_is_seen() -> None:
     with pytest.raises(Decline, match="the rest of the graph runs"):
         graph_analysis.observe(gm, [torch.eye(3)], [], {seen, last})
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_probe_copy_outlives_its_analysis(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large experts it takes gigabytes, which no collector of garbage knows of."""
+    copies: list[weakref.ref[Any]] = []
+
+    class Analysis(graph_analysis.Analysis):
+        def _twin(self) -> splice.Block:
+            twin = super()._twin()
+            copies.extend(weakref.ref(p) for p in twin.parameters())
+            return twin
+
+    monkeypatch.setattr(moefx.backend, "Analysis", Analysis)
+    analyse, alive = moefx.backend._analyse, []
+
+    def watched(*args: Any) -> Any:
+        found = analyse(*args)
+        alive.append(sum(copy() is not None for copy in copies))
+        return found
+
+    monkeypatch.setattr(moefx.backend, "_analyse", watched)
+    gc.disable()
+    try:
+        torch.compile(Layers(kind), backend="moefx", fullgraph=True, options=INNER)(tokens(3, 11).to(KINDS[kind][1]))
+    finally:
+        gc.enable()
+    assert GRAPHS[0].found and copies and not any(alive), alive
 
 
 def test_layers_of_one_structure_are_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
