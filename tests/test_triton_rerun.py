@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 from triton_here import rerun
 
-FILES = (
-    "test_triton_ops",
-    "test_triton_pointwise",
-    "test_triton_compiled",
-    "test_triton_codecs",
-    "test_selection",
-    "test_gluon_grouped",
-)
+HERE = Path(__file__)
+FILES = [path.stem for path in sorted(HERE.parent.glob("test_*.py")) if path != HERE and "needs_triton" in path.read_text()]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_in_a_process_of_its_own(name: str) -> None:
-    rerun(str(Path(__file__).with_name(f"{name}.py")))
+    rerun(str(HERE.with_name(f"{name}.py")))
