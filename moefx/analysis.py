@@ -9,7 +9,6 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,9 +158,8 @@ def _realise(
     )
     lowest = precision([v.tensor for v in hypothesis.trace.values])
     location = _source_line(type(module))
-    routing = replace(hypothesis.routing, ids=None, w=None, keep=None)  # without the values of this run
     variant = Variant(
-        compiled.region, routing, compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
+        compiled.region, hypothesis.routing.alone(), compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
         tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph,
         _order_matters(hypothesis.trace),

@@ -117,7 +117,7 @@ class Routed:
 
     def __init__(self, compiled: CompiledRegion, routing: Routing, leading: tuple[int, ...] | None, dtype: torch.dtype | None):
         self.compiled, self.leading, self.dtype = compiled, leading, dtype
-        self.routing = replace(routing, ids=None, w=None, keep=None)
+        self.routing = routing.alone()
         self.__name__ = self.__qualname__ = f"routed_{compiled.handle}"
         self.__module__ = __name__
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Routing:
     def values(self) -> tuple[Value, ...]:
         """The recorded values it is made of."""
         return tuple(v for v in (self.ids, self.w, self.keep) if v is not None)
+
+    def alone(self) -> Routing:
+        """Without the recorded values, and so without the run that they are of."""
+        return replace(self, ids=None, w=None, keep=None)
 
     def slots(self, experts: int) -> int:
         """Slots per token of the region's ids: K, or one per expert where the gates are dense."""
