@@ -107,6 +107,14 @@ def _inner(name: str, mode: str | None) -> Callable[..., Any]:
     return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
 
 
+def wake_inductor() -> None:
+    """Starts the processes in which Inductor compiles kernels for GPUs. Inductor starts them with its first kernel, and compiles in
+    this process until they have imported torch, which takes seconds."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.use_process_pool()
+
+
 # ------------------------------------------------------------------------------------------------ candidates
 
 
@@ -176,7 +184,7 @@ Bound = list[tuple[CompiledRegion, dict[str, Tensor]]]  # regions with their par
 Called = list[tuple[fx.GraphModule, list[fx.Node]]]  # graphs that a node runs, with the nodes whose values they are given
 
 
-def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport) -> Bound:
+def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions, report: GraphReport) -> Bound:
     """Finds and replaces the regions of a graph, and of the graphs that it calls, in place."""
     if any(isinstance(x, FakeTensor) for x in inputs):
         report.declined.append(DeclinedBlock("", "the graph came without real inputs, which an analysis needs"))
@@ -268,7 +276,7 @@ def _rewrite_parts(
     parts: list[Part],
     params: dict[fx.Node, nn.Parameter],
     seen: dict[fx.Node, Any],
-    options: Options,
+    options: BackendOptions,
     report: GraphReport,
 ) -> Bound:
     """seen: the values that enter the first part of each structure; nothing where every part was found before."""
@@ -358,12 +366,12 @@ def _whole(part: Part) -> bool:
 
 
 def _analyse(
-    gm: fx.GraphModule, part: Part, params: dict[fx.Node, nn.Parameter], seen: dict[fx.Node, Any], options: Options
+    gm: fx.GraphModule, part: Part, params: dict[fx.Node, nn.Parameter], seen: dict[fx.Node, Any], options: BackendOptions
 ) -> Found | Decline:
     autocast = caller_autocast()  # which `neutral` leaves
     try:
         with probe.neutral():
-            return Analysis(gm, part, params, seen, options, autocast).found()
+            return Analysis(gm, part, params, seen, options, autocast, wake_inductor if options.inner == INNER else None).found()
     except Decline as reason:
         return reason.alone()
     except Exception as error:

@@ -43,6 +43,7 @@ from moefx.passes.select import select
 
 import moefx.backend
 from moefx import graph_analysis, graph_nodes
+from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
 from moefx.region_op import REGIONS
 from moefx.report import GRAPHS
@@ -827,6 +828,31 @@ def test_cuda_graphs(entrance: str) -> None:
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     if entrance == "backend":
         assert len(GRAPHS[0].found) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_inductors_processes_start_beside_the_kernels(device: str, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, with Inductor behind; before the first kernel of moefx is compiled."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    order: list[str] = []
+
+    def noted(holder: type, name: str, what: str) -> None:
+        run = getattr(holder, name)
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            order.append(what)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(holder, name, note)
+
+    noted(AsyncCompile, "use_process_pool", "processes")
+    noted(CompiledRegion, "precompile", "kernels")
+    model = Layers("gathered").to(device)
+    torch.compile(model, backend="moefx", options={"inner": inner})(tokens(4, 16).to(device))
+    expected = ["processes", "kernels"] if (device, inner) == ("cuda", "inductor") else ["kernels"]
+    assert order[: order.index("kernels") + 1] == expected
 
 
 @pytest.mark.gpu
