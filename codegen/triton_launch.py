@@ -149,6 +149,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, shrinks: bool = False
         relaunch.launch(kernel, grid, args, options)
 
 
+def prepare_compiler() -> None:
+    """What Triton does once in a process, before its first kernel: it builds its driver with a C compiler, and hashes its own
+    files for the keys of its cache. About a second, of which little holds Python's lock."""
+    if not interpreted():
+        from torch.utils._triton import triton_hash_with_backend  # as Inductor asks for them
+
+        triton_hash_with_backend()
+
+
 @contextlib.contextmanager
 def only_compiling(every_size: bool = True) -> Iterator[None]:
     """Inside, kernels are compiled for the arguments they are launched with, side by side, and none runs: what they would

@@ -19,7 +19,7 @@ from moefx.codegen.triton_grouped import (
     grouped_wgrad,
     grouped_wgrad_add,
 )
-from moefx.codegen.triton_launch import interpreted, only_compiling, supports
+from moefx.codegen.triton_launch import interpreted, only_compiling, prepare_compiler, supports
 from moefx.codegen.triton_permute import combine, combine_backward, expert_rows, expert_sum, gather_rows, rows_backward
 from moefx.codegen.triton_pointwise import Pointwise, Unsupported, compile_pointwise
 from moefx.codegen.triton_route import regroup, route
@@ -66,6 +66,7 @@ OPS: dict[str, Callable[..., Any]] = {
         compile_pointwise,
         grouped_linear_act,
         only_compiling,
+        prepare_compiler,
         Tapes,
     )
 }

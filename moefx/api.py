@@ -33,6 +33,7 @@ from moefx.errors import Decline, InputError
 from moefx.options import Options
 from moefx.passes.beside import beside
 from moefx.report import DeclinedBlock, FoundBlock, Report, graphs_of
+from moefx.runtime import compiler_prepared
 from moefx.selection import paying, prepare
 
 log = logging.getLogger(__name__)
@@ -309,9 +310,17 @@ class _Search:
 
     def run(self, replace: bool, wide: bool) -> None:
         start = time.perf_counter()
+        names = search.candidates(self.model, self.seen)
+        with compiler_prepared((p.device for name in names for p in self.modules[name].parameters()), self.options.kernels):
+            choices = self._tried(names, replace, wide)
+        self._install_choosers(choices)
+        self.report.seconds = time.perf_counter() - start
+
+    def _tried(self, names: list[str], replace: bool, wide: bool) -> dict[int, search.Choice]:
+        """Who chooses the experts of the blocks that were found, by their place in the report."""
         done: list[str] = []
         choices: dict[int, search.Choice] = {}
-        for name in search.candidates(self.model, self.seen):
+        for name in names:
             if any(n == name or not name or n.startswith(name + ".") or name.startswith(n + ".") for n in done):
                 continue  # a smaller part of it was rewritten, or all around it
             if rewritten(self.modules[name]) is not None:
@@ -332,8 +341,7 @@ class _Search:
                 if self.options.kernels != "torch" and (choice := search.chooser(self.seen, name)):
                     choices[len(self.report.found) - 1] = choice
             log.info("found %s: %s", name, self.report.found[-1].routing)
-        self._install_choosers(choices)
-        self.report.seconds = time.perf_counter() - start
+        return choices
 
     def _install_choosers(self, choices: dict[int, search.Choice]) -> None:
         """Modules that choose the experts of blocks, which come by their place in the report; nothing is analysed any more."""

@@ -34,6 +34,7 @@ from moefx.options import Options
 from moefx.passes.select import select
 from moefx.passes.splice import Change, Part, apply, part_of, value_of
 from moefx.report import GRAPHS, DeclinedBlock, FoundBlock, GraphReport
+from moefx.runtime import compiler_prepared
 from moefx.selection import TOPK, prepare
 
 log = logging.getLogger(__name__)
@@ -198,13 +199,15 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions,
     bound: Bound = []
     try:
         if parts or called:
-            seen: dict[fx.Node, Any] = {}
-            if not _all_known(parts, params, called, options):
-                firsts = {_key(part, params, options): part for part in reversed(parts)}  # of each structure
-                seen = observe(gm, inputs, list(firsts.values()), {n for _, operands in called for n in operands})
-            bound = _rewrite_parts(gm, inputs, parts, params, seen, options, report)
-            for inner, operands in called:
-                bound += _rewrite(inner, [params.get(n, seen.get(n)) for n in operands], options, report)
+            new = not _all_known(parts, params, called, options)
+            with compiler_prepared([p.device for p in params.values()] if new else [], options.kernels):
+                seen: dict[fx.Node, Any] = {}
+                if new:
+                    firsts = {_key(part, params, options): part for part in reversed(parts)}  # of each structure
+                    seen = observe(gm, inputs, list(firsts.values()), {n for _, operands in called for n in operands})
+                bound = _rewrite_parts(gm, inputs, parts, params, seen, options, report)
+                for inner, operands in called:
+                    bound += _rewrite(inner, [params.get(n, seen.get(n)) for n in operands], options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
         find_log.info("declined the graph: %s", reason)

@@ -142,16 +142,17 @@ def plain_einsum() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_cores() -> Iterator[None]:
-    """Inside, torch uses this rank's share of the host's cores, where torchrun started it: with one thread a rank, which is
-    what torchrun sets, analysis takes three times as long."""
+    """Inside, torch uses three quarters of the host's cores at most, or of this rank's share of them where torchrun started it.
+
+    With torchrun's own setting, one thread a rank, analysis takes three times as long. With all cores, one that is busy with
+    something else (a data loader, a compiler's process) holds up every operator: the probe copy took 3 to 20 times as long.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // ranks if ranks else 0
-    if share <= before:
-        yield
-        return
-    torch.set_num_threads(share)
+    share = cores // max(ranks, 1)
+    threads = max(share - share // 4, 1)
+    torch.set_num_threads(threads if ranks and before == 1 else min(threads, before))
     try:
         yield
     finally:
@@ -160,7 +161,7 @@ def own_cores() -> Iterator[None]:
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """Analysis runs outside of the caller's inference_mode, no_grad and autocast, on this rank's share of the cores."""
+    """Analysis runs outside of the caller's inference_mode, no_grad and autocast, on some of the cores (`own_cores`)."""
     with torch.inference_mode(False), torch.enable_grad(), own_cores(), contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))

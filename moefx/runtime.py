@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -37,6 +38,23 @@ def ops_for(device_type: str, kernels: str) -> OpTable:
 def _triton_ops() -> OpTable:
     kernels: OpTable = importlib.import_module("moefx.codegen.triton_ops").OPS
     return {**OPS, "grouped_wgrad_add": _adding(kernels["grouped_wgrad"]), **kernels}
+
+
+@contextmanager
+def compiler_prepared(devices: Iterable[torch.device], kernels: str) -> Iterator[None]:
+    """Beside what is done inside, a thread makes the compiler of kernels ready, where one of `devices` is a GPU."""
+    gpu = next((d for d in devices if d.type == "cuda"), None) if kernels != "torch" else None
+    if gpu is None:
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(_prepare_compiler, gpu, kernels)  # what fails here fails again, and is raised, with the first kernel
+        yield
+
+
+def _prepare_compiler(device: torch.device, kernels: str) -> None:
+    with torch.cuda.device(device):
+        ops_for(device.type, kernels)["prepare_compiler"]()
 
 
 def _adding(wgrad: Callable[..., None]) -> Callable[..., None]:

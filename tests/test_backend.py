@@ -838,17 +838,15 @@ def test_inductors_processes_start_beside_the_kernels(device: str, inner: str, m
 
     order: list[str] = []
 
-    def noted(holder: type, name: str, what: str) -> None:
-        run = getattr(holder, name)
-
+    def noted(run: Callable[..., Any], what: str) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
             order.append(what)
             return run(*args, **kwargs)
 
-        monkeypatch.setattr(holder, name, note)
+        return note
 
-    noted(AsyncCompile, "use_process_pool", "processes")
-    noted(CompiledRegion, "precompile", "kernels")
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", staticmethod(noted(AsyncCompile.use_process_pool, "processes")))
+    monkeypatch.setattr(CompiledRegion, "precompile", noted(CompiledRegion.precompile, "kernels"))
     model = Layers("gathered").to(device)
     torch.compile(model, backend="moefx", options={"inner": inner})(tokens(4, 16).to(device))
     expected = ["processes", "kernels"] if (device, inner) == ("cuda", "inductor") else ["kernels"]

@@ -344,18 +344,23 @@ def test_einsum_is_followed_in_the_order_of_its_operands(monkeypatch):
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize(("ranks", "inside"), [(None, 1), ("2", 4), ("3", 2), ("16", 1)])
-def test_analysis_has_a_share_of_the_cores_under_torchrun(ranks: str | None, inside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "threads", "inside"), [(None, 1, 1), (None, 6, 6), (None, 8, 6), ("2", 1, 3), ("3", 1, 2), ("16", 1, 1), ("2", 4, 3)]
+)
+def test_analysis_leaves_cores_to_others(ranks: str | None, threads: int, inside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 cores: where torchrun has set few threads, more than those; never more than the user wants."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if ranks is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         with pytest.raises(Decline), own_cores():
             assert torch.get_num_threads() == inside
+            with own_cores():
+                assert torch.get_num_threads() == inside
             raise Decline("whatever ends it")
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import regions
 import torch
 from regions import STYLES, gradients
 from torch import Tensor
 
+import moefx.runtime
 from moefx.build import compile_region, load
 from moefx.compiled import CompiledRegion
 from moefx.errors import InputError, PlanError
@@ -19,6 +22,28 @@ def test_op_tables():
     assert ops_for("cpu", "auto") is OPS and ops_for("cuda", "torch") is OPS
     with pytest.raises(InputError, match="kernels must be"):
         ops_for("cpu", "fast")
+
+
+@pytest.mark.parametrize(
+    ("devices", "kernels", "expected"),
+    [(["cpu", "cuda:1", "cuda:0"], "auto", ["cuda:1"]), (["cpu"], "triton", []), ([], "auto", []), (["cuda:0"], "torch", [])],
+)
+def test_the_compiler_is_prepared_beside(
+    devices: list[str], kernels: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another thread; what fails there is not raised, since the first kernel raises it."""
+    asked, inside = [], threading.Event()
+
+    def prepare(device: torch.device, kernels: str) -> None:
+        assert inside.wait(20)
+        asked.append(str(device))
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(moefx.runtime, "_prepare_compiler", prepare)
+    with moefx.runtime.compiler_prepared(map(torch.device, devices), kernels):
+        assert not asked
+        inside.set()
+    assert asked == expected
 
 
 # ------------------------------------------------------------------------------------------------ lanes and events

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import regions
 import torch
@@ -64,6 +68,28 @@ def test_what_was_saved_is_overwritten_only_by_the_last_backward() -> None:
     y = compiled(x, given.ids.to(DEVICE), w, params).square().sum()
     first = torch.autograd.grad(y, sources, retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(y, sources)))
+
+
+def test_what_makes_the_compiler_ready_is_there() -> None:
+    """A function of torch's that other versions of it could lack."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch.utils._triton import triton_hash_with_backend
+
+    assert callable(triton_hash_with_backend) and callable(AsyncCompile.use_process_pool)
+
+
+@pytest.mark.gpu
+def test_the_compiler_is_ready_for_its_first_kernel() -> None:
+    """In a new process: after `prepare_compiler` the hash of Triton's files is not made any more."""
+    code = """
+        from moefx.codegen.triton_launch import prepare_compiler
+        from torch._inductor.runtime.triton_compat import triton_key
+
+        assert triton_key.cache_info().currsize == 0
+        prepare_compiler()
+        assert triton_key.cache_info().currsize == 1
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
 
 
 class NoTapes:
