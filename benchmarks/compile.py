@@ -14,6 +14,7 @@ run the experts can pass, since all the rest is the same in every compiled row. 
 dense ones: every token K times through the first expert, compiled, in the same model and so at the same clock. Nothing is
 routed there: it is what grouped products as fast as the library's dense ones of the same sizes would give.
 
+--caches: a folder in which the rows' compiled code stays, for a later run that shall find it there (no first call is cold then).
 --quick: fewer layers and rounds. --toy: small sizes in float32 on the CPU, to see that it runs. --kernels: the kernels of one
 training step of every row, the longest first. $OUT, if set, is a folder that gets the table, the numbers (compile.json) and
 what moefx.explain says.
@@ -288,6 +289,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is made ready any more")
     parser.add_argument("--cold", nargs="*", choices=list(ROWS), help="the rows whose first calls are timed: all that compile")
     parser.add_argument("--together", action="store_true", help="processes of first calls side by side: sooner, their times longer")
+    parser.add_argument("--caches", type=Path, help="where compiled code stays; without it, in a folder that goes at the end")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--toy", action="store_true")
@@ -311,7 +313,7 @@ def main() -> None:
     arguments = [a for a in ("--toy", "--quick") if getattr(options, a[2:])]
     arguments += [f"--{n}={getattr(options, n)}" for n in ("layers", "batch", "length")]
     with tempfile.TemporaryDirectory() as folder:
-        measure(options, arguments, Path(folder), start + options.budget)
+        measure(options, arguments, options.caches or Path(folder), start + options.budget)
 
 
 def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end: float) -> None:
@@ -335,7 +337,7 @@ def measure(options: argparse.Namespace, arguments: list[str], folder: Path, end
         except Exception as error:  # noqa: BLE001 - the row may still run, and the others must
             print(f"{name}: no time of first calls: {str(error)[-300:]}", flush=True)
 
-    caches = {name: folder / str(i) for i, name in enumerate(results)}
+    caches = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in results}
     compiled = [name for name in results if ROWS[name].compile is not None or ROWS[name].optimize]
     if options.cold is not None:
         compiled = [name for name in compiled if name in options.cold]

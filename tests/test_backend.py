@@ -685,6 +685,22 @@ def test_layers_of_one_structure_are_observed_once(monkeypatch: pytest.MonkeyPat
     assert found[0] in observed[0] and found[1] not in observed[0]
 
 
+def test_a_part_that_the_first_run_did_not_see_is_observed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the first part of its structure has become part of another region: here the first run sees nothing."""
+    observed: list[list[str]] = []
+
+    def observe(gm: fx.GraphModule, inputs: Any, parts: Any, also: Any) -> Any:
+        observed.append([part.name for part in parts])
+        return graph_analysis.observe(gm, inputs, parts, also) if len(observed) > 1 else {}
+
+    monkeypatch.setattr(moefx.backend, "observe", observe)
+    model = Layers("gathered")
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, options=INNER)
+    assert_same(outcome(compiled, model, tokens(3, 11)), outcome(reference, reference, tokens(3, 11)), torch.float32)
+    assert len(GRAPHS[0].found) == 2 and len(observed) == 2 and len(observed[1]) == 1
+
+
 @pytest.mark.parametrize("entrance", ["backend", "optimize"])
 def test_activation_checkpointing(entrance: str) -> None:
     """The region stands in a graph of its own, which the backend looks into."""
