@@ -195,8 +195,6 @@ class Evaluator:
             return children[0][node.args[0]]
         if node.kind == "gate":
             return children[0] * weight
-        if "norm" in node.name.split(".")[1]:  # norm weights are vectors, not rows
-            children = [c if i == 0 else c.squeeze(0) for i, c in enumerate(children)]
         op: Any = torch.ops.aten
         for part in node.name.split(".")[1:]:
             op = getattr(op, part)

@@ -80,6 +80,16 @@ class Node:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
 
+class Made(NamedTuple):
+    """The call that made a tensor of plain data, and the versions of the tensors that it read."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    result: Tensor
+    versions: tuple[tuple[Tensor, int], ...]
+
+
 # By the template values and bindings of operands, what one operator makes of them.
 Joined = dict[Any, tuple[int, tuple[Piece, ...]]]
 
@@ -112,6 +122,7 @@ CONTRACTIONS: dict[str, tuple[int, int, int | None]] = {
 }  # fmt: skip
 REDUCTIONS = frozenset("sum mean amax amin var std linalg_vector_norm prod".split())
 ROWWISE = frozenset("_softmax _log_softmax softmax log_softmax glu".split())
+POINTWISE = frozenset(("_prelu_kernel",))  # beside those with torch's tag
 NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split())
 RANDOM = frozenset("bernoulli native_dropout rand_like randn_like uniform normal rand randn dropout".split())
 
@@ -146,6 +157,7 @@ class Lifter(Emulated):
         self._tainted: set[int] = set()
         self._random: set[int] = set()  # storages of random numbers
         self._alive: list[Tensor] = []
+        self._made: dict[int, Made] = {}  # by storage: plain data of which each row may follow from one token
         self._token_of: dict[int, int] = {}
         self.token_dtypes: set[torch.dtype] = set()  # in which tokens were read
         if self.experts is not None:
@@ -295,6 +307,11 @@ class Lifter(Emulated):
             for t in outputs:
                 if t.untyped_storage()._cdata in self._codes:
                     self.set_codes(t, DATA)
+                self._made.pop(t.untyped_storage()._cdata, None)
+            by_row = base in REDUCTIONS or base == "_to_copy" or _is_pointwise(func, base)
+            if by_row and not inplace and len(outputs) == 1 and outputs[0].is_floating_point():
+                versions = tuple((t, t._version) for t in inputs)
+                self._made[outputs[0].untyped_storage()._cdata] = Made(func, args, kwargs, outputs[0], versions)
             return
         codes: Tensor | int | None
         if base in RANDOM and not (base == "native_dropout" and (args[1] == 0 or args[2] is False)):
@@ -310,9 +327,11 @@ class Lifter(Emulated):
             return
         elif base in ("_to_copy", "native_dropout"):
             codes = self._cast(args, kwargs, outputs[0]) if base == "_to_copy" else self.codes(args[0])
-        elif base in REDUCTIONS or base in ROWWISE or base in NORMS:
+        elif base in REDUCTIONS or base in ROWWISE:
             codes = self._feature_op(func, base, args, kwargs, outputs[0])
-        elif torch.Tag.pointwise in func.tags and len(outputs) == 1:
+        elif base in NORMS:
+            codes = self._norm(func, args, kwargs)
+        elif _is_pointwise(func, base) and len(outputs) == 1:
             codes = self._pointwise(func, args, kwargs, outputs[0])
         else:
             codes = self._grouped(args, outputs[0]) if len(outputs) == 1 and outputs[0].dim() == 2 else None
@@ -593,9 +612,16 @@ class Lifter(Emulated):
         name, symbols, named = signature
         lifted = [isinstance(c, Tensor) and bool((c > 0).any()) for c in codes]
         own = [lft and self._holds_rows(c) for lft, c in zip(lifted, codes)]
-        if not any(own):
-            if not all(lifted) or any(t.numel() > MAX_PARAM_ONLY for t in operands):
+        begins = False
+        if not any(own) and not all(lifted):
+            begins = len(shape) > 1 and any(lft and self._of_experts(t) for t, lft in zip(operands, lifted))
+            if not begins:
                 return None
+            for i, t in enumerate(operands):
+                if not lifted[i] and t.dim() == len(shape) and (made := self._follow_back(t)) is not None:
+                    codes[i], lifted[i], own[i] = made, True, True
+        elif not any(own) and any(t.numel() > MAX_PARAM_ONLY for t in operands):
+            return None
         axis = None
         for c, is_row in sorted(
             zip(codes, own), key=lambda p: (not p[1], -(p[0].numel() if isinstance(p[0], Tensor) else 0))
@@ -628,7 +654,7 @@ class Lifter(Emulated):
                 columns.append(t.reshape(()).expand(rows_shape).double())
                 is_gate.append(False)
                 symbols = _substitute(symbols, len(columns) - 1, t.reshape(()).item())
-            elif (own_tokens := self._tokens_of(full, shape, axis, any(own))) is not None:
+            elif (own_tokens := self._tokens_of(full, shape, axis, any(own) or begins)) is not None:
                 columns.append(own_tokens)
                 is_gate.append(False)
                 lifted[len(columns) - 1] = True
@@ -661,6 +687,30 @@ class Lifter(Emulated):
             [self.row(Row(tv, (), t, None)) if t else DATA for t in unique.tolist()], dtype=torch.int64
         )
         return numbers[inverse].reshape(rows.shape[:-1]) if len(unique) else None
+
+    def _follow_back(self, data: Tensor) -> Tensor | None:
+        """Codes of plain data that were made, row by row, from tokens; None where they were not. What an expert does to its tokens
+        before it uses a parameter, as x / |x| * weight, is known to be the expert's when the parameter comes."""
+        made = self._made.get(data.untyped_storage()._cdata)
+        if made is None or data is not made.result or any(t._version != version for t, version in made.versions):
+            return None
+        inputs = [t for t, _ in made.versions]
+        tokens: list[tuple[Tensor, Tensor | int | None]] = []
+        for t in inputs:
+            if self._lifted(t) or self._follow_back(t) is not None or t.dim() < 2 or t.shape[-1] < 2:
+                continue
+            if (rows := self._source_rows(t)) is not None:
+                before = self._codes.get(t.untyped_storage()._cdata)
+                tokens.append((t, before.clone() if isinstance(before, Tensor) else before))
+                self.set_codes(t, self._spread(rows, t.shape[-1], t.dim() - 1))
+        self._follow(made.func, made.args, made.kwargs, made.result, inputs, [made.result])
+        for t, before in tokens:
+            storage = t.untyped_storage()._cdata
+            if before is None:
+                del self._codes[storage]
+            else:
+                self._codes[storage] = before
+        return self.codes(data) if self._lifted(data) else None  # type: ignore[return-value]
 
     def _pointwise_rows(self, keys: Sequence[Sequence[float]], is_gate: list[bool], lifted: list[bool], op: Node) -> list[int]:
         """The results for operands given by the numbers of their rows, where `lifted`, else by their weights."""
@@ -709,64 +759,77 @@ class Lifter(Emulated):
 
     # ------------------------------------------------------------------ rule 3: operators over the features of a row
 
-    def _feature_op(self, func: Any, base: str, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
-        x = args[0]
+    def _feature_rows(self, x: Tensor) -> tuple[Tensor, int] | None:
+        """Row numbers of an operand that holds rows, and the axis of their features."""
         codes = self._full(x)
         axis = self._feature_axis(codes)
-        if axis is None or not self._holds_rows(codes):
+        return None if axis is None or not self._holds_rows(codes) else (self.normalise(codes, axis), axis)
+
+    def _feature_op(self, func: Any, base: str, args: Any, kwargs: Any, out: Tensor) -> Tensor | None:
+        x = args[0]
+        if (source := self._feature_rows(x)) is None:
             return None
-        rows, width = self.normalise(codes, axis), x.shape[axis]
-        name = _functional_name(func)
-        extra: list[Tensor] = []
+        rows, axis = source
         named = tuple((k, v) for k, v in kwargs.items() if k not in ("keepdim", "dim"))
-        keep = True
         if base in REDUCTIONS:
             position = 2 if base == "linalg_vector_norm" else 1
             dims = args[position] if len(args) > position else kwargs.get("dim")
             dims = [dims] if isinstance(dims, int) else dims
             if not dims or [d % x.dim() for d in dims] != [axis]:
                 return None
-            keep = out.dim() == x.dim()
             before = (args[1],) if base == "linalg_vector_norm" else ()
-            symbols: tuple[Any, ...] = (Child(0), *before, (1,))
-            named = (*named, ("keepdim", True))
-            width = 1
-        elif base in ROWWISE:
+            op = Node("op", 1, (), "", (Child(0), *before, (1,)), (*named, ("keepdim", True)))
+        else:
             dim = args[1] if len(args) > 1 else -1
             if dim % x.dim() != axis:
                 return None
-            symbols = (Child(0), 1, *args[2:])
-            width = out.shape[axis]
+            op = Node("op", out.shape[axis], (), "", (Child(0), 1, *args[2:]), named)
+        spread = self._each_row(rows, axis, func, op)
+        return spread if spread is None or out.dim() == x.dim() else spread.select(axis, 0)
+
+    def _norm(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """A norm over the features, followed as one without weights, a product and a sum, since the operator takes one weight for
+        all rows. On tokens it begins an expert's computation, where its weights are an expert's own."""
+        x = args[0]
+        weights = [(f, t) for f, t in zip(("mul", "add"), args[2:]) if isinstance(t, Tensor)]
+        if self._lifted(x):
+            source = self._feature_rows(x)
         else:
-            if axis != x.dim() - 1 or list(args[1]) != [width]:
-                return None
-            parts: list[Any] = [Child(0), (width,)]
-            for a in args[2:]:
-                if isinstance(a, Tensor):
-                    extra.append(a)
-                    parts.append(Child(len(extra)))
-                else:
-                    parts.append(a)
-            symbols = tuple(parts)
-        vectors = [self.normalise(self._full(t), 0) for t in extra]
-        unique, inverse = torch.unique(rows, return_inverse=True)
-        joined: Joined = {}
-        items: Joined = {}
-        numbers = []
-        for r in unique.tolist():
-            members = [r, *(int(v) for v in vectors)]
-            if min(members) <= 0 or name is None:
-                numbers.append(ZERO if r == ZERO else DATA)
-                continue
-            number = self._join(Node("op", width, (), name, symbols, named), [self.rows[m] for m in members], joined)
-            if base in ("native_layer_norm", "_fused_rms_norm") and number > 0:
-                number = self._join(Node("item", width, args=(0,)), [self.rows[number]], items)
-            numbers.append(number)
-        result = torch.tensor(numbers, dtype=torch.int64)[inverse]
-        if not bool((result > 0).any()):
+            tokens = self._source_rows(x) if weights and all(self._of_experts(t) for _, t in weights) else None
+            source = None if tokens is None else (tokens, x.dim() - 1)
+        if source is None or source[1] != x.dim() - 1 or list(args[1]) != [x.shape[-1]]:
             return None
-        spread = self._spread(result, width, axis)
-        return spread if keep else spread.select(axis, 0)
+        symbols = (Child(0), (x.shape[-1],), *(None if isinstance(a, Tensor) else a for a in args[2:]))
+        return self._each_row(*source, func, Node("op", x.shape[-1], (), "", symbols, tuple(kwargs.items())), weights)
+
+    def _of_experts(self, tensor: Tensor) -> bool:
+        """Whether a lifted tensor is made from parameters that may be experts'."""
+        return self.experts is None or self.is_tainted(tensor)
+
+    def _each_row(
+        self, rows: Tensor, axis: int, func: Any, op: Node, weights: Sequence[tuple[str, Tensor]] = ()
+    ) -> Tensor | None:
+        """Codes of an operator over the features of each row. op: without a name. weights: what is done with its result, and the
+        vectors with which it is done."""
+        name = _functional_name(func)
+        vectors = [int(self.normalise(self._full(t), 0)) for _, t in weights]
+        steps: list[tuple[Node, list[int]]] = [(replace(op, name=name or ""), [])]
+        if len(func._schema.returns) > 1:
+            steps.append((Node("item", op.width, args=(0,)), []))
+        for (f, _), vector in zip(weights, vectors):
+            steps.append((Node("op", op.width, (), f"aten.{f}.Tensor", (Child(0), Child(1))), [vector]))
+        joined: list[Joined] = [{} for _ in steps]
+
+        def made(row: int) -> int:
+            if name is None or min([row, *vectors]) <= 0:
+                return ZERO if row == ZERO else DATA
+            for (step, others), before in zip(steps, joined):
+                row = self._join(step, [self.rows[n] for n in (row, *others)], before)
+            return row
+
+        unique, inverse = torch.unique(rows, return_inverse=True)
+        result = torch.tensor([made(r) for r in unique.tolist()], dtype=torch.int64)[inverse]
+        return self._spread(result, op.width, axis) if bool((result > 0).any()) else None
 
 
 def hash_rows(rows: Tensor) -> Tensor:
@@ -801,6 +864,10 @@ def _symbol(argument: Any, operands: list[Tensor]) -> Any:
         return argument
     operands.append(argument)
     return Child(len(operands) - 1)
+
+
+def _is_pointwise(func: Any, base: str) -> bool:
+    return torch.Tag.pointwise in func.tags or base in POINTWISE
 
 
 def _functional_name(func: Any) -> str | None:

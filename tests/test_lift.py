@@ -324,9 +324,25 @@ def test_activations_keep_their_arguments(layer, line):
     assert f"v3 = {line}  # [R, 10]" in texts(ListMoe(mlp(layer)))
 
 
-def test_norms_hold_their_weights():
+def test_norms_are_followed_by_their_weights():
     text = texts(ListMoe(lambda: nn.Sequential(nn.Linear(D, H), nn.LayerNorm(H), nn.Linear(H, D))))
-    assert "aten.native_layer_norm.default(v2, [10], leaf2, leaf3, 1e-05)" in text and "item(v3, 0)" in text
+    assert text.splitlines()[3:7] == [
+        "v3 = aten.native_layer_norm.default(v2, [10], None, None, 1e-05)  # [R, 10]",
+        "v4 = item(v3, 0)  # [R, 10]",
+        "v5 = aten.mul.Tensor(v4, leaf2)  # [R, 10]",
+        "v6 = aten.add.Tensor(v5, leaf3)  # [R, 10]",
+    ]
+
+
+def test_a_norm_with_an_experts_weights_begins_its_computation():
+    text = texts(ListMoe(lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))))
+    assert text.splitlines()[:5] == [
+        "v0 = x()  # [R, 12]",
+        "v1 = aten.native_layer_norm.default(v0, [12], None, None, 1e-05)  # [R, 12]",
+        "v2 = item(v1, 0)  # [R, 12]",
+        "v3 = aten.mul.Tensor(v2, leaf0)  # [R, 12]",
+        "v4 = aten.add.Tensor(v3, leaf1)  # [R, 12]",
+    ]
 
 
 def test_a_residual_reads_the_token_again():
