@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moefx.trace import Trace, Value
 
+MAX_ORDERS = 3  # in which the same tokens are tried
 MAX_SUMS = 12  # candidate combined outputs that are explained per token base
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 # how exact solved gates are, relative to the largest, where the experts compute in 16 bits on purpose; else 1e-5
@@ -27,19 +28,26 @@ NOISE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 def token_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[tuple[Value, torch.dtype]]:
     """Recorded tensors that hold every row fed to the experts, and in which dtype the experts read it (their own, unless
-    the block casts on the way): the earliest of each number of rows, fewest first."""
+    the block casts on the way): those of the fewest rows first, of each number of rows the earliest of each order of them."""
     width = token_width(lifter, bank.tv)
     hashes = lifter.token_hashes()
     tokens = {lifter.rows[r].token for rows in lifter.uses[bank.tv].values() for r in rows} - {None, 0}
     wanted = torch.tensor([hashes[t] for t in tokens if t is not None])
-    found: dict[int, tuple[Value, torch.dtype]] = {}
+    found: dict[int, list[tuple[Value, torch.dtype]]] = {}
+    orders: set[tuple[int, ...]] = set()
     for value in trace.values:
         if is_rows(value, width) and not value.tainted and value.origin in ("input", "call"):
             rows = value.tensor.reshape(-1, width)
+            bases = found.setdefault(rows.shape[0], [])
+            if len(bases) == MAX_ORDERS:
+                continue
             for dtype in sorted({rows.dtype} | lifter.token_dtypes, key=lambda d: d is not rows.dtype):
-                if rows.shape[0] not in found and bool(torch.isin(wanted, hash_rows(rows.to(dtype))).all()):
-                    found[rows.shape[0]] = value, dtype
-    return [found[n] for n in sorted(found)]
+                held = hash_rows(rows.to(dtype))
+                if bool(torch.isin(wanted, held).all()) and (order := tuple(held.tolist())) not in orders:
+                    orders.add(order)
+                    bases.append((value, dtype))
+                    break
+    return [base for n in sorted(found) for base in found[n]]
 
 
 def scaled_bases(trace: Trace, lifter: Lifter, bank: Bank) -> list[tuple[Value, Tensor]]:

@@ -476,6 +476,8 @@ class Lifter(Emulated):
         batched = left.dim() == 3
         if not batched:
             left, right = left.unsqueeze(0), right.unsqueeze(0)
+        if self._sum_of_products(left, right) or self._sum_of_products(right.transpose(1, 2), left.transpose(1, 2)):
+            return None
         codes = None
         if (columns := self._columns(right)) is not None:
             codes = self._dots(left, *columns, right.dtype)
@@ -540,6 +542,23 @@ class Lifter(Emulated):
             [self.row(Row(tv, (), t, None)) if t else ZERO for t in unique.tolist()], dtype=torch.int64
         )
         return numbers[inverse].reshape(x.shape[:-1]) if len(unique) else tokens.reshape(x.shape[:-1])
+
+    def _sum_of_products(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether x [B, N, I] @ weight [B, I, J] sums the products of several rows beside each other, as "teh,ehd->td" does. The
+        sum is no row, but each product is what an expert gives: they are known from now on, though no tensor holds them."""
+        codes = self.codes(x)
+        if not isinstance(codes, Tensor) or not self._holds_rows(codes) or bool((self.normalise(codes, 2) != DATA).all()):
+            return False
+        parts = _beside(codes >> COL_BITS)
+        if len(parts) < 2 or any(bool((self.normalise(codes[:, :, part], 2) == DATA).any()) for part in parts):
+            return False
+        for part in parts:
+            columns = self._columns(weight[:, part])
+            dots = None if columns is None else self._dots(x[:, :, part], *columns, weight.dtype)
+            if dots is None:
+                return False
+            self.normalise(dots, 2)
+        return True
 
     def _is_vector(self, row: int) -> bool:
         return self.nodes[self.rows[row].tv].kind == "vector"
@@ -839,6 +858,20 @@ def hash_rows(rows: Tensor) -> Tensor:
     factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) | 1
     mixed = (bits ^ (bits >> 29)) * factors
     return (mixed ^ (mixed >> 31)).sum(-1)
+
+
+def _beside(handles: Tensor) -> list[slice]:
+    """Where along the last axis the same handles stand, as slices of equal length that cover it; nothing where they do not."""
+    rows = handles.reshape(-1, handles.shape[-1])
+    fullest = max(rows[(rows > 0).any(-1)], key=lambda row: len(torch.unique(row)), default=None)
+    if fullest is None:
+        return []
+    places = [torch.nonzero(fullest == h).flatten() for h in dict.fromkeys(fullest.tolist())]
+    first, length = places[0], len(places[0])
+    step = int(first[1] - first[0]) if length > 1 else 1
+    if any(len(p) != length or bool((p - p[0] != step * torch.arange(length)).any()) for p in places):
+        return []
+    return [slice(int(p[0]), int(p[-1]) + 1, step) for p in places]
 
 
 def _distinct(keys: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:

@@ -32,19 +32,14 @@ STYLES = {**POSITIVE, **NEGATIVE}
 
 # Positives that today's finder declines, with the reason. They may be found one day; they must never be matched wrongly.
 GAPS = {
-    "experts_on_middle_axis": "stacks whose expert axis stands between the two others",
     "fused_linear": "one Linear for all experts, followed by one per expert",
-    "layer_norm_experts": "a norm with the expert's own weights before its first product",
-    "rms_norm_experts": "a norm with the expert's own weights before its first product",
-    "prelu_experts": "an activation with a learned slope that the decomposition hides",
     "capacity_per_sequence": "a capacity per sequence, computed from a size that int() cut",
     "batch_prioritised": "dropping by priority: no recorded value equals the gates",
     "dropped_tokens_pass": "dropped tokens pass the block unchanged",
     "detached_router": "the weights are detached: their gradient differs from the recorded value's",
     "expert_choice_per_sequence": "expert choice within each sequence",
     "returns_dataclass": "a dataclass result that pytree does not know",
-    "sequence_first": "tokens in another order than the combined output",
-    "channels_first": "tokens in another order than the combined output",
+    "channels_first": "all sizes before the last one are taken for numbers of tokens",
 }
 
 
