@@ -81,13 +81,13 @@ class Node:
 
 
 class Made(NamedTuple):
-    """The call that made a tensor of plain data, and the versions of the tensors that it read."""
+    """A call that made a tensor of plain data, or changed it, and the versions of the other tensors that it read."""
 
     func: Any
     args: Any
     kwargs: Any
     result: Tensor
-    versions: tuple[tuple[Tensor, int], ...]
+    read: tuple[tuple[Tensor, int], ...]
 
 
 # By the template values and bindings of operands, what one operator makes of them.
@@ -157,7 +157,7 @@ class Lifter(Emulated):
         self._tainted: set[int] = set()
         self._random: set[int] = set()  # storages of random numbers
         self._alive: list[Tensor] = []
-        self._made: dict[int, Made] = {}  # by storage: plain data of which each row may follow from one token
+        self._made: dict[int, list[Made]] = {}  # by storage: plain data of which each row may follow from one token
         self._token_of: dict[int, int] = {}
         self.token_dtypes: set[torch.dtype] = set()  # in which tokens were read
         if self.experts is not None:
@@ -307,11 +307,7 @@ class Lifter(Emulated):
             for t in outputs:
                 if t.untyped_storage()._cdata in self._codes:
                     self.set_codes(t, DATA)
-                self._made.pop(t.untyped_storage()._cdata, None)
-            by_row = base in REDUCTIONS or base == "_to_copy" or _is_pointwise(func, base)
-            if by_row and not inplace and len(outputs) == 1 and outputs[0].is_floating_point():
-                versions = tuple((t, t._version) for t in inputs)
-                self._made[outputs[0].untyped_storage()._cdata] = Made(func, args, kwargs, outputs[0], versions)
+                self._remember(func, base, args, kwargs, t, inputs if len(outputs) == 1 else None)
             return
         codes: Tensor | int | None
         if base in RANDOM and not (base == "native_dropout" and (args[1] == 0 or args[2] is False)):
@@ -637,8 +633,8 @@ class Lifter(Emulated):
             if not begins:
                 return None
             for i, t in enumerate(operands):
-                if not lifted[i] and t.dim() == len(shape) and (made := self._follow_back(t)) is not None:
-                    codes[i], lifted[i], own[i] = made, True, True
+                if not lifted[i] and t.dim() == len(shape) and self._follow_back(t):
+                    codes[i], lifted[i], own[i] = self.codes(t), True, True
         elif not any(own) and any(t.numel() > MAX_PARAM_ONLY for t in operands):
             return None
         axis = None
@@ -707,29 +703,42 @@ class Lifter(Emulated):
         )
         return numbers[inverse].reshape(rows.shape[:-1]) if len(unique) else None
 
-    def _follow_back(self, data: Tensor) -> Tensor | None:
-        """Codes of plain data that were made, row by row, from tokens; None where they were not. What an expert does to its tokens
-        before it uses a parameter, as x / |x| * weight, is known to be the expert's when the parameter comes."""
-        made = self._made.get(data.untyped_storage()._cdata)
-        if made is None or data is not made.result or any(t._version != version for t, version in made.versions):
-            return None
-        inputs = [t for t, _ in made.versions]
-        tokens: list[tuple[Tensor, Tensor | int | None]] = []
-        for t in inputs:
-            if self._lifted(t) or self._follow_back(t) is not None or t.dim() < 2 or t.shape[-1] < 2:
-                continue
-            if (rows := self._source_rows(t)) is not None:
-                before = self._codes.get(t.untyped_storage()._cdata)
-                tokens.append((t, before.clone() if isinstance(before, Tensor) else before))
-                self.set_codes(t, self._spread(rows, t.shape[-1], t.dim() - 1))
-        self._follow(made.func, made.args, made.kwargs, made.result, inputs, [made.result])
-        for t, before in tokens:
-            storage = t.untyped_storage()._cdata
+    def _remember(self, func: Any, base: str, args: Any, kwargs: Any, out: Tensor, inputs: list[Tensor] | None) -> None:
+        """How plain data was made, if row by row; inputs: None where the call has made more than that."""
+        storage = out.untyped_storage()._cdata
+        before = self._made.pop(storage, None)
+        if inputs is None or not out.is_floating_point() or func._schema.is_mutable and before is None:
+            return
+        if base in REDUCTIONS or base == "_to_copy" or _is_pointwise(func, base):
+            others = tuple((t, t._version) for t in inputs if t.untyped_storage()._cdata != storage)
+            self._made[storage] = [*(before or ()), Made(func, args, kwargs, out, others)]
+
+    def _follow_back(self, data: Tensor) -> bool:
+        """Gives plain data its codes, if it was made row by row from tokens. What an expert does to its tokens before it uses a
+        parameter, as x / |x| * weight, is known to be the expert's when the parameter comes."""
+        calls = self._made.pop(data.untyped_storage()._cdata, [])
+        if not calls or any(t._version != version for call in calls for t, version in call.read):
+            return False
+        tokens: list[tuple[int, Tensor | int | None]] = []
+        for call in calls:
+            for t, _ in call.read:
+                if self._lifted(t) or self._follow_back(t) or t.dim() < 2 or t.shape[-1] < 2 or t.stride(-1) == 0:
+                    continue
+                own = t.as_strided([n if s else 1 for n, s in zip(t.shape, t.stride())], t.stride(), t.storage_offset())
+                if (rows := self._source_rows(own)) is not None:
+                    storage = t.untyped_storage()._cdata
+                    before = self._codes.get(storage)
+                    tokens.append((storage, before.clone() if isinstance(before, Tensor) else before))
+                    self.set_codes(own, self._spread(rows, own.shape[-1], own.dim() - 1))
+            inputs = [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
+            self._follow(call.func, call.args, call.kwargs, call.result, inputs, [call.result])
+        for storage, before in reversed(tokens):
             if before is None:
                 del self._codes[storage]
             else:
                 self._codes[storage] = before
-        return self.codes(data) if self._lifted(data) else None  # type: ignore[return-value]
+        self._made.pop(data.untyped_storage()._cdata, None)  # what was remembered again where it could not be followed
+        return self._lifted(data)
 
     def _pointwise_rows(self, keys: Sequence[Sequence[float]], is_gate: list[bool], lifted: list[bool], op: Node) -> list[int]:
         """The results for operands given by the numbers of their rows, where `lifted`, else by their weights."""

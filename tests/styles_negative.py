@@ -82,6 +82,23 @@ class DenseMixture(ListMoe):
         return sum(gates[..., index : index + 1] * expert(x) for index, expert in enumerate(self.experts))
 
 
+class NormOfTokens(nn.Module):
+    """Standardises each feature over the tokens that it is given, with its own scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.mlp = nn.Parameter(torch.ones(D)), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp((x - x.mean(0)) / (x.pow(2).mean(0) + 1e-3).sqrt() * self.scale) if len(x) else x
+
+
+@negative("experts that standardise features over the tokens that they are given")
+class NormsOverTokens(ListMoe):
+    def __init__(self) -> None:
+        super().__init__(make_expert=NormOfTokens)
+
+
 @negative("mean of an ensemble")
 class EnsembleMean(nn.Module):
     def __init__(self) -> None:

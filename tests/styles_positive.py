@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -939,6 +940,23 @@ class ExpertsOnMiddleAxis(nn.Module):
         return torch.einsum("bseh,hed->bsd", hidden * gates.unsqueeze(-1), self.w_out)
 
 
+@positive("all experts summed in one product: bseh,ehd->bsd")
+@positive("the same with the experts innermost: bshe,ehd->bsd", name="experts_innermost", order="bshe")
+class SummedInOneProduct(nn.Module):
+    def __init__(self, order: str = "bseh") -> None:
+        super().__init__()
+        self.order = order
+        self.router = nn.Linear(D, E, bias=False)
+        self.w1, self.w2 = weight(E, D, H), weight(E, H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = softmax_top_k(self.router(x), K)
+        gates = torch.zeros_like(x[..., :E]).scatter(-1, chosen, weights)
+        hidden = F.gelu(torch.einsum(f"bsd,edh->{self.order}", x, self.w1))
+        gates = gates.unsqueeze(2 if self.order == "bshe" else 3)
+        return torch.einsum(f"{self.order},ehd->bsd", hidden * gates, self.w2)
+
+
 @positive("experts on the last axis, selected by w[..., e]")
 class ExpertsOnLastAxis(nn.Module):
     def __init__(self) -> None:
@@ -1205,6 +1223,37 @@ class ManualRmsNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
 
 
+class Float32RmsNorm(nn.Module):
+    """As in Llama: in float32 up to the weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class UnitNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * self.scale
+
+
+class Shifted(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+
 class ScaledExpert(nn.Module):
     """A learned number multiplies what the expert says."""
 
@@ -1290,6 +1339,15 @@ class DropoutExpert(nn.Module):
 positive("three layers", name="three_layer_experts", make_expert=ThreeLayerExpert)(ListMoe)
 positive("LayerNorm", name="layer_norm_experts", make_expert=lambda: NormedExpert(nn.LayerNorm))(ListMoe)
 positive("RMSNorm", name="rms_norm_experts", make_expert=lambda: NormedExpert(ManualRmsNorm))(ListMoe)
+positive("torch's RMSNorm", name="rms_norm_module_experts", make_expert=lambda: NormedExpert(nn.RMSNorm))(ListMoe)
+positive(
+    "an RMSNorm in float32", name="float32_rms_norm_experts", make_expert=lambda: NormedExpert(Float32RmsNorm), dtype=torch.float32
+)(ListMoe)
+positive("unit vectors, scaled", name="unit_norm_experts", make_expert=lambda: NormedExpert(UnitNorm))(ListMoe)
+positive("scaled and shifted tokens", name="shifted_experts", make_expert=lambda: NormedExpert(Shifted))(ListMoe)
+positive(
+    "LayerNorm without a bias", name="bias_free_norm_experts", make_expert=lambda: NormedExpert(partial(nn.LayerNorm, bias=False))
+)(ListMoe)
 positive("a learned scalar in every expert", name="scaled_experts", make_expert=ScaledExpert)(ListMoe)
 positive("residual connection inside the expert", name="residual_experts", make_expert=ResidualExpert)(ListMoe)
 positive("learned slopes of a PReLU", name="prelu_experts", make_expert=PReluExpert)(ListMoe)

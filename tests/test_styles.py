@@ -32,6 +32,7 @@ STYLES = {**POSITIVE, **NEGATIVE}
 
 # Positives that today's finder declines, with the reason. They may be found one day; they must never be matched wrongly.
 GAPS = {
+    "experts_innermost": "products whose last axis is that of the experts",
     "fused_linear": "one Linear for all experts, followed by one per expert",
     "capacity_per_sequence": "a capacity per sequence, computed from a size that int() cut",
     "batch_prioritised": "dropping by priority: no recorded value equals the gates",
