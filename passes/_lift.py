@@ -11,7 +11,8 @@ Every element of every tensor carries a *code* that says what it is:
 
 Codes live on storages, so views need no rule at all. An operator that only moves elements is run again on the codes, so
 `index`, `cat`, `gather`, `index_put_` ... need no rule of their own either. What remains are four rules: contraction with a
-parameter, pointwise, reduction over the features, and the routing weight (a multiplication by one number a row).
+parameter, pointwise, reduction over the features, and the routing weight (a multiplication by one number a row). What an
+expert does to its tokens before its first parameter is plain data when it happens, and is followed back when that comes.
 
 A Row is a template value for one token and one binding. A template value is a hash-consed expression whose holes are
 parameter slices; the binding says which slices fill the holes. Experts are the bindings of one template value: that they
@@ -737,8 +738,12 @@ class Lifter(Emulated):
                 del self._codes[storage]
             else:
                 self._codes[storage] = before
-        self._made.pop(data.untyped_storage()._cdata, None)  # what was remembered again where it could not be followed
-        return self._lifted(data)
+        own_storage = data.untyped_storage()._cdata
+        self._made.pop(own_storage, None)  # what was remembered again where it could not be followed
+        if self._lifted(data) and not bool((self._full(data) == DATA).any()):
+            return True
+        self._codes.pop(own_storage, None)
+        return False
 
     def _pointwise_rows(self, keys: Sequence[Sequence[float]], is_gate: list[bool], lifted: list[bool], op: Node) -> list[int]:
         """The results for operands given by the numbers of their rows, where `lifted`, else by their weights."""

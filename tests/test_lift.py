@@ -345,6 +345,75 @@ def test_a_norm_with_an_experts_weights_begins_its_computation():
     ]
 
 
+def test_what_an_expert_does_before_its_first_parameter_is_followed_back():
+    class Normed(Expert):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            size = x.pow(2).mean(-1, keepdim=True).add_(1e-6)
+            return super().forward(x / size.sqrt().expand_as(x) * self.scale)
+
+    assert texts(ListMoe(Normed)).splitlines()[:8] == [
+        "v0 = x()  # [R, 12]",
+        "v1 = aten.pow.Tensor_Scalar(v0, 2)  # [R, 12]",
+        "v2 = aten.mean.dim(v1, [1], keepdim=True)  # [R, 1]",
+        "v3 = aten.add.Tensor(v2, 1e-06)  # [R, 1]",
+        "v4 = aten.sqrt.default(v3)  # [R, 1]",
+        "v5 = aten.div.Tensor(v0, v4)  # [R, 12]",
+        "v6 = aten.mul.Tensor(v5, leaf0)  # [R, 12]",
+        "v7 = linear(v6, leaf1)  # [R, 10]",
+    ]
+
+
+def operators(body: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...] = (E, D)) -> set[str]:
+    """The operators of all template values."""
+    _, lifter, _ = run(Once(body, shape), torch.randn(3, D, dtype=torch.float64))
+    return {node.name.split(".")[1] for node in lifter.nodes if node.kind == "op"}
+
+
+def changed_since(x: Tensor, w: Tensor) -> Tensor:
+    doubled = x * 2
+    raised = doubled.exp()
+    doubled.add_(1)
+    return raised * w[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (lambda x, w: x.exp() * w[0], {"exp", "mul"}),
+        (lambda x, w: x[[2, 0]].exp().neg() * w[0], {"exp", "neg", "mul"}),
+        (lambda x, w: F.layer_norm(x, (D,), w[0], w[1]), {"native_layer_norm", "mul", "add"}),
+        (lambda x, w: F.layer_norm(x, (D,), None, w[1]), {"native_layer_norm", "add"}),
+        (changed_since, {"mul"}),  # what was read is gone
+        (lambda x, w: (x - x.mean(0)) * w[0], {"mul"}),  # mixes tokens
+        (lambda x, w: (x + x.roll(1, 0)) * w[0], {"mul"}),
+        (lambda x, w: F.layer_norm(x, (D,)), set()),  # no parameter
+    ],
+)
+def test_how_far_back_it_is_followed(body, expected):
+    assert operators(body) == expected
+
+
+@pytest.mark.parametrize("order", ["teh", "the"])
+def test_products_that_are_summed_at_once_are_known(order):
+    """No tensor holds what a single expert gives."""
+
+    def summed(self: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        gates = torch.zeros(len(x), E, dtype=x.dtype).scatter(1, ids, weights)[..., None]
+        hidden = (torch.einsum("td,edh->teh", x, self.up).relu() * gates).transpose(1, 2 if order == "the" else 1)
+        return torch.einsum(f"{order},ehd->td", hidden, self.down)
+
+    assert texts(Parts(summed, up=(E, D, H), down=(E, H, D))).splitlines() == [
+        "v0 = x()  # [R, 12]",
+        "v1 = linear(v0, leaf0)  # [R, 10]",
+        "v2 = aten.relu.default(v1)  # [R, 10]",
+        "v3 = linear(v2, leaf1)  # [R, 12]",
+    ]
+
+
 def test_a_residual_reads_the_token_again():
     class Residual(Expert):
         def forward(self, x: Tensor) -> Tensor:
