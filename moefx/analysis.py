@@ -159,7 +159,7 @@ def _realise(
     lowest = precision([v.tensor for v in hypothesis.trace.values])
     location = _source_line(type(module))
     variant = Variant(
-        compiled.region, hypothesis.routing.alone(), compiled, rewrite.forward, rewrite.spec, rewrite.source, rewrite.kept,
+        compiled.region, hypothesis.routing.alone(), compiled, rewrite.forward, rewrite.structure, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
         tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph,
         _order_matters(hypothesis.trace),

@@ -25,6 +25,7 @@ from moefx.errors import Decline
 from moefx.ir import Region
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
+from moefx.structure import Structure
 
 MAX_VARIANTS = 8  # ways of calling one block that are analysed
 PLAIN = (
@@ -49,7 +50,7 @@ class Variant:
     routing: Routing
     compiled: Any  # moefx.compiled.CompiledRegion
     forward: Callable[..., Any]
-    spec: Any
+    structure: Structure  # of what `forward` returns
     source: str  # the canonical block
     kept: tuple[str, ...]
     swallowed: tuple[str, ...]
@@ -81,7 +82,7 @@ class Variant:
                 outputs = self.forward(module, moe, *tensors)
         finally:
             torch.set_grad_enabled(enabled)
-        return pytree.tree_unflatten(outputs, self.spec)
+        return self.structure.put_together(outputs)
 
 
 class Moe:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from moefx.errors import Decline
 from moefx.probe import Emulated, Example, draw, dtype_of, shapes_for
+from moefx.structure import taken_apart
 
 # relative error allowed, by the least precise floating dtype that took part
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -133,7 +134,7 @@ def run_once(
         emulated,
     ):
         torch.manual_seed(7)
-        flat = pytree.tree_leaves(run(a, k))
+        flat, _ = taken_apart(run(a, k))
         outputs = [t for t in flat if isinstance(t, Tensor)]
         grads: dict[str, Tensor | None] = {}
         roots = [t for t in outputs if t.requires_grad]

@@ -430,15 +430,17 @@ class Lifter(Emulated):
         return codes.movedim(-1, axis)
 
     def _feature_axis(self, codes: Tensor) -> int | None:
-        """The axis along which neighbouring elements are features of one row."""
+        """The axis along which neighbouring elements are features of one row: where experts lie beside each other in one parameter,
+        those that are closest in it."""
+        found: list[tuple[int, int]] = []
         for axis in reversed(range(codes.dim())):
             if codes.shape[axis] > 1:
                 first, second = codes.select(axis, 0), codes.select(axis, 1)
-                lifted = first > 0
-                if bool(lifted.any()):
-                    same = (first >> COL_BITS) == (second >> COL_BITS)
-                    if bool((same & (first != second) & lifted).any()):
-                        return axis
+                beside = (first > 0) & ((first >> COL_BITS) == (second >> COL_BITS)) & (first != second)
+                if bool(beside.any()):
+                    found.append((int((second - first)[beside].abs().min()), axis))
+        if found:
+            return min(found, key=lambda pair: pair[0])[1]
         ones = [a for a in range(codes.dim()) if codes.shape[a] == 1]
         return ones[-1] if ones else None
 

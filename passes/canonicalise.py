@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from moefx import sizes
 from moefx.errors import Decline
 from moefx.routing import Hypothesis
+from moefx.structure import Structure
 from moefx.trace import Call, ModuleCall, Trace, Value, rebuild, values_in
 
 SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -52,7 +53,7 @@ def without_grad(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """The canonical block. `forward(block, moe, *tensors)` returns the flat outputs; `spec` puts them together.
+    """The canonical block. `forward(block, moe, *tensors)` returns the flat outputs; `structure` puts them together.
 
     kept: paths of submodules that are still called; swallowed: submodules that are not, since the region or nodes of this
     graph do their work (hooks on those can only be honoured by the original).
@@ -61,7 +62,7 @@ class Rewrite:
     graph: fx.Graph
     source: str
     forward: Callable[..., Any]
-    spec: Any
+    structure: Structure
     kept: tuple[str, ...]
     swallowed: tuple[str, ...]
     guards: int

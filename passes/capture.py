@@ -29,6 +29,7 @@ from moefx import sizes
 from moefx.errors import Decline
 from moefx.probe import Emulated, plain_einsum
 from moefx.python_state import attributes, changed, picture, places
+from moefx.structure import taken_apart
 from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild, user_line
 
 
@@ -259,7 +260,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = f"the block raised {type(error).__name__} on probe inputs: {str(error)[:200]}"
             raise Decline(text, location=f"{last.filename}:{last.lineno}") from error
-    flat, spec = pytree.tree_flatten(result)
+    flat, structure = taken_apart(result)
     symbolic = [recorder.value_of(x) if isinstance(x, Tensor) else x for x in flat]
     taken = [recorder.value_of(x) for x in leaves if isinstance(x, Tensor)]
     effects = [
@@ -270,7 +271,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     return Trace(
         inputs,
         tuple(taken),
-        (symbolic, spec),
+        (symbolic, structure),
         tuple(recorder.calls),
         tuple(recorder.module_calls),
         tuple(recorder.values),

@@ -45,7 +45,7 @@ def rewrite(block: nn.Module) -> tuple[Hypothesis, Rewrite, nn.Module]:
 
 def run(hypothesis: Hypothesis, made: Rewrite, block: nn.Module, x: Tensor) -> Any:
     moe = Routed(hypothesis, block)
-    result = pytree.tree_unflatten(made.forward(block, moe, x), made.spec)
+    result = made.structure.put_together(made.forward(block, moe, x))
     assert moe.calls == 1
     return result
 

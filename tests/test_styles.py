@@ -32,14 +32,12 @@ STYLES = {**POSITIVE, **NEGATIVE}
 
 # Positives that today's finder declines, with the reason. They may be found one day; they must never be matched wrongly.
 GAPS = {
-    "experts_innermost": "products whose last axis is that of the experts",
     "fused_linear": "one Linear for all experts, followed by one per expert",
     "capacity_per_sequence": "a capacity per sequence, computed from a size that int() cut",
     "batch_prioritised": "dropping by priority: no recorded value equals the gates",
     "dropped_tokens_pass": "dropped tokens pass the block unchanged",
     "detached_router": "the weights are detached: their gradient differs from the recorded value's",
     "expert_choice_per_sequence": "expert choice within each sequence",
-    "returns_dataclass": "a dataclass result that pytree does not know",
     "channels_first": "all sizes before the last one are taken for numbers of tokens",
 }
 
