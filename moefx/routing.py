@@ -21,6 +21,7 @@ class Routing:
     kind "masked":  G = scale * ids * w    with a mask ids [T, E] and one weight w per token; axes as for "dense".
     kind "choice":  G[ids[e,c], e] += scale * w[e,c]           (expert choice).
     keep: a mask of slots (kinds "slots" and "gather"); the others are dropped, as where a capacity is exceeded.
+    rest: tokens without any gate pass the experts unchanged (kinds "dense" and "masked").
     order[l] is the expert that label l of the router means (None: the labels are the experts' own order).
     """
 
@@ -33,6 +34,7 @@ class Routing:
     axis: int = -1
     order: tuple[int, ...] | None = None
     keep: Value | None = None
+    rest: bool = False
     scaled: bool = field(init=False, repr=False)  # a constant for Dynamo, which numbers may not be
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class Routing:
 
     def slots(self, experts: int) -> int:
         """Slots per token of the region's ids: K, or one per expert where the gates are dense."""
-        return self.top_k if self.kind in ("slots", "gather") else experts
+        return self.top_k if self.kind in ("slots", "gather") else experts + self.rest
 
     def __str__(self) -> str:
         text = {
@@ -62,6 +64,7 @@ class Routing:
         return (
             text
             + ("" if self.w is not None else ", weight 1")
+            + (", the rest passes" if self.rest else "")
             + (f", scaled by {self.scale:g}" if self.scaled else "")
         )
 
@@ -98,7 +101,8 @@ def dense_gates(w: Tensor, axis: int, tokens: int) -> Tensor | None:
 def region_inputs(
     routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(ids [T, K], w [T, K] or None for weight 1) in the experts' own numbering; slots to skip carry id `experts`."""
+    """(ids [T, K], w [T, K] or None for weight 1) in the experts' own numbering; slots to skip carry id `experts`, and weight 0
+    where tokens may pass."""
     if routing.kind == "choice":
         assert ids is not None
         found, weights = _of_choice(routing, experts, tokens, ids, w)
@@ -129,17 +133,22 @@ def _of_choice(routing: Routing, experts: int, tokens: int, ids: Tensor, w: Tens
 
 
 def _of_dense(routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gates w [T, E], or a mask ids [T, E] times w [T]: one slot per expert."""
+    """Gates w [T, E], or a mask ids [T, E] times w [T]: one slot per expert, and one for tokens that pass."""
     columns = w if routing.kind == "dense" or ids is None else ids
     if tokens == 0:
-        return torch.zeros(0, experts, dtype=torch.int64, device=w.device), w.new_zeros(0, experts)
+        slots = routing.slots(experts)
+        return torch.zeros(0, slots, dtype=torch.int64, device=w.device), w.new_zeros(0, slots)
     gates = dense_gates(columns, columns.dim() + routing.axis, tokens)
     assert gates is not None
     if routing.kind == "masked":
         gates = gates * w.reshape(-1, 1)
     gates = gates[:, list(routing.order)] if routing.order is not None else gates[:, :experts]
     every = torch.arange(experts, device=w.device).expand(tokens, experts)
-    return torch.where(gates != 0, every, experts), gates
+    labels = torch.where(gates != 0, every, experts)
+    if routing.rest:
+        labels = torch.cat([labels, labels.new_full((tokens, 1), experts)], 1)
+        gates = torch.cat([gates, (gates == 0).all(1, keepdim=True).to(gates.dtype)], 1)
+    return labels, gates
 
 
 def _of_slots(

@@ -67,7 +67,7 @@ def _explanations(
             masks = [v for v in router if v.tensor.dtype == torch.bool and v.tensor.numel() == ids.tensor.numel()]
             yield from _weights_for(labels, order, gates, ids, k, transposed, floats, masks)
     masks = [v for v in router if not v.tensor.is_floating_point()]
-    yield from _dense(gates, bank, [*floats, *(v for v in masks if v.tensor.dtype == torch.bool)], [None])
+    yield from _dense(gates, bank, [*floats, *masks], [None])
     yield from _dense(gates, bank, masks, [w for w in floats if w.tensor.numel() == tokens])
     yield from _expert_choice(gates, integers, floats, bank)
 
@@ -134,10 +134,11 @@ def _weights_for(
 def _dense(
     gates: Gates, bank: Bank, candidates: list[Value], factors: Sequence[Value | None]
 ) -> Iterator[Routing]:
-    """G is a recorded [T, E] tensor, or a mask [T, E] times one recorded weight per token."""
+    """G is a recorded [T, E] tensor, or a mask [T, E] times one recorded weight per token; tokens without gates may pass."""
     (tokens, experts), support = gates.matrix.shape, gates.support
-    if gates.identity is not None or float(support.float().mean()) > 0.95:
+    if float(support.float().mean()) > 0.95:
         return
+    rest = gates.identity is not None
     for mask in candidates:
         if mask.tensor.numel() % (tokens * experts):
             continue
@@ -149,21 +150,27 @@ def _dense(
                 order = _column_order(made, gates, bank)
                 if order is None:
                     continue
-                scale = gates.scale_of(made[:, list(order)], torch.zeros(tokens))
+                made = made[:, list(order)]
+                scale = gates.scale_of(made, _passing(made, gates))
                 if scale is not None:
-                    kept = None if order == tuple(range(made.shape[1])) else order
+                    kept = None if order == tuple(range(columns.shape[1])) else order
                     most = int(support.sum(1).max())
                     from_end = axis - mask.tensor.dim()
                     if factor is None:
-                        yield Routing("dense", most, None, mask, scale, axis=from_end, order=kept)
+                        yield Routing("dense", most, None, mask, scale, axis=from_end, order=kept, rest=rest)
                     else:
-                        yield Routing("masked", most, mask, factor, scale, axis=from_end, order=kept)
+                        yield Routing("masked", most, mask, factor, scale, axis=from_end, order=kept, rest=rest)
+
+
+def _passing(made: Tensor, gates: Gates) -> Tensor:
+    """How much of each token passes [T]: nothing, or where some do all of those without a gate."""
+    return (made == 0).all(1).double() if gates.identity is not None else torch.zeros(len(made), dtype=torch.float64)
 
 
 def _column_order(made: Tensor, gates: Gates, bank: Bank) -> tuple[int, ...] | None:
     """For each expert the column of `made` that is its gate."""
     experts = gates.matrix.shape[1]
-    if bank.stacked or made.shape[1] == experts and gates.scale_of(made, torch.zeros(len(made))) is not None:
+    if bank.stacked or made.shape[1] == experts and gates.scale_of(made, _passing(made, gates)) is not None:
         return tuple(range(experts))
     order = []
     for e in range(experts):

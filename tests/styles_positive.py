@@ -1547,11 +1547,22 @@ class BatchPrioritised(ListMoe):
 
 
 @positive("a dropped token passes through, and everything is scaled by the score (HF's Switch)")
+@positive("the same with a factor of the module's", name="dropped_tokens_pass_by_factor", factor=1.0)
+@positive("the same with room for three tokens", name="dropped_tokens_pass_by_number", room=3)
 class DroppedTokensPass(ListMoe):
+    def __init__(self, factor: float | None = None, room: int | None = None) -> None:
+        super().__init__()
+        self.factor, self.room = factor, room
+
+    def capacity(self, tokens: int) -> int:
+        if self.room is not None:
+            return self.room
+        return capacity_of(tokens, 1.0 if self.factor is None else self.factor, top_k=1)
+
     def forward(self, x: Tensor) -> Tensor:
         probs = self.router(x).softmax(-1)
         mask = F.one_hot(probs.argmax(-1), E)
-        mask = mask * (mask.cumsum(1) <= capacity_of(x.shape[1], 1.0, top_k=1))  # [B, S, E]
+        mask = mask * (mask.cumsum(1) <= self.capacity(x.shape[1]))  # [B, S, E]
         out = x.clone()
         for index, expert in enumerate(self.experts):
             picked = mask[..., index].bool()
