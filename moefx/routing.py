@@ -140,14 +140,15 @@ def _of_dense(routing: Routing, experts: int, tokens: int, ids: Tensor | None, w
         return torch.zeros(0, slots, dtype=torch.int64, device=w.device), w.new_zeros(0, slots)
     gates = dense_gates(columns, columns.dim() + routing.axis, tokens)
     assert gates is not None
+    gates = gates[:, list(routing.order)] if routing.order is not None else gates[:, :experts]
+    without = (gates == 0).all(1, keepdim=True)
     if routing.kind == "masked":
         gates = gates * w.reshape(-1, 1)
-    gates = gates[:, list(routing.order)] if routing.order is not None else gates[:, :experts]
     every = torch.arange(experts, device=w.device).expand(tokens, experts)
     labels = torch.where(gates != 0, every, experts)
     if routing.rest:
         labels = torch.cat([labels, labels.new_full((tokens, 1), experts)], 1)
-        gates = torch.cat([gates, (gates == 0).all(1, keepdim=True).to(gates.dtype)], 1)
+        gates = torch.cat([gates, without.to(gates.dtype)], 1)
     return labels, gates
 
 

@@ -154,6 +154,20 @@ def test_gates_of_zero_are_slots_to_skip():
     assert ids.tolist() == [[3, 1, 3], [0, 3, 3]]
 
 
+@pytest.mark.parametrize("kind", ["dense", "masked"])
+def test_the_rest_passes(kind):
+    """Tokens without a gate, not those whose weight happens to be 0, have an id outside and weight 1."""
+    mask = torch.tensor([[0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
+    weights = torch.tensor([0.5, 0.25, 0.0, 0.0])
+    w = weights if kind == "masked" else mask * 0.5
+    routing = Routing(kind, 1, value(mask) if kind == "masked" else None, value(w), rest=True)
+    ids, found = region_inputs(routing, 3, 4, mask if kind == "masked" else None, w)
+    assert found is not None and ids.shape == found.shape == (4, 4) and ids[:, 3].tolist() == [3, 3, 3, 3]
+    assert found[:, 3].tolist() == [0, 1, 0, 1] and "the rest passes" in str(routing)
+    assert found[:, :3].sum(1).tolist() == ([0.5, 0, 0, 0] if kind == "masked" else [0.5, 0, 0.5, 0])
+    assert torch.where(ids < 3, 0, found).sum(1).tolist() == [0, 1, 0, 1]  # slots to skip weigh nothing
+
+
 def test_dense_gates_needs_the_tokens_in_the_leading_axes():
     assert dense_gates(torch.zeros(6, 4), 1, 5) is None
     w = torch.rand(2, 3, 4)

@@ -34,8 +34,8 @@ STYLES = {**POSITIVE, **NEGATIVE}
 GAPS = {
     "fused_linear": "one Linear for all experts, followed by one per expert",
     "capacity_per_sequence": "a capacity computed with a float that stands in the code: Python keeps no trace of the size",
-    "batch_prioritised": "dropping by priority: no recorded value equals the gates",
     "dropped_tokens_pass": "the same",
+    "batch_prioritised": "dropping by priority: no recorded value equals the gates",
     "detached_router": "the weights are detached: their gradient differs from the recorded value's",
     "expert_choice_per_sequence": "expert choice within each sequence",
     "channels_first": "all sizes before the last one are taken for numbers of tokens",
