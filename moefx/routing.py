@@ -19,7 +19,8 @@ class Routing:
     kind "gather":  G[t, ids[t,k]] += scale * w[t, ids[t,k]]   with w [T, E'].
     kind "dense":   G = scale * w, whose axis `axis` counts experts; further axes beside the tokens are summed out.
     kind "masked":  G = scale * ids * w    with a mask ids [T, E] and one weight w per token; axes as for "dense".
-    kind "choice":  G[ids[e,c], e] += scale * w[e,c]           (expert choice).
+    kind "choice":  G[ids[e,c], e] += scale * w[e,c]           (expert choice); apart: ids [B, ...] number the tokens of each of
+                    B sequences.
     keep: a mask of slots (kinds "slots" and "gather"); the others are dropped, as where a capacity is exceeded.
     rest: tokens without any gate pass the experts unchanged (kinds "dense" and "masked").
     order[l] is the expert that label l of the router means (None: the labels are the experts' own order).
@@ -35,6 +36,7 @@ class Routing:
     order: tuple[int, ...] | None = None
     keep: Value | None = None
     rest: bool = False
+    apart: bool = False
     scaled: bool = field(init=False, repr=False)  # a constant for Dynamo, which numbers may not be
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class Routing:
             "gather": f"top-{self.top_k} ids, weights gathered from dense scores",
             "dense": "dense gate matrix with zeros",
             "masked": "dense mask, one weight per token",
-            "choice": "expert choice: each expert picks its tokens",
+            "choice": f"expert choice: each expert picks its tokens{' of each sequence' if self.apart else ''}",
         }[self.kind]
         return (
             text
@@ -98,6 +100,13 @@ def dense_gates(w: Tensor, axis: int, tokens: int) -> Tensor | None:
     return moved.reshape(tokens, -1, moved.shape[-1]).sum(1)
 
 
+def of_all_tokens(ids: Tensor, tokens: int) -> Tensor:
+    """Numbers of tokens from ids [B, ...] that number those of each of B sequences."""
+    sequences = ids.shape[0]
+    first = torch.arange(sequences, device=ids.device) * (tokens // max(sequences, 1))
+    return ids + first.view(-1, *[1] * (ids.dim() - 1))
+
+
 def region_inputs(
     routing: Routing, experts: int, tokens: int, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +129,8 @@ def region_inputs(
 
 
 def _of_choice(routing: Routing, experts: int, tokens: int, ids: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Tokens ids [E, C] that each expert picks, with weights w [E, C]."""
+    """Tokens ids [E, C] that each expert picks, with weights w [E, C]; [B, E, C] where it picks those of each sequence."""
+    ids = of_all_tokens(ids, tokens) if routing.apart else ids
     ids = ids.movedim(routing.axis, 0).reshape(experts, -1).long()
     dtype = torch.get_default_dtype() if w is None else w.dtype
     weights = torch.ones(ids.shape, dtype=dtype, device=ids.device)

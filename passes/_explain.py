@@ -12,7 +12,7 @@ from moefx.passes._gates import (
 )
 from torch import Tensor
 
-from moefx.routing import Routing, dense_gates, slots
+from moefx.routing import Routing, dense_gates, of_all_tokens, slots
 from moefx.trace import Trace, Value, values_in
 
 MAX_LABEL = 1 << 14  # larger integers are not expert ids
@@ -184,24 +184,36 @@ def _column_order(made: Tensor, gates: Gates, bank: Bank) -> tuple[int, ...] | N
 def _expert_choice(
     gates: Gates, integers: list[Value], floats: list[Value], bank: Bank
 ) -> Iterator[Routing]:
+    """Each expert picks its tokens, of all or of each sequence."""
     tokens, experts = gates.matrix.shape
+    if gates.identity is not None:
+        return
     for ids in integers:
         t = ids.tensor
-        if gates.identity is not None or t.dim() < 2 or t.numel() % experts or int(t.max()) >= tokens or int(t.min()) < 0:
+        if t.dim() < 2 or t.numel() % experts or int(t.min()) < 0:
             continue
-        for axis in (0, t.dim() - 1):
-            if t.shape[axis] != experts:
+        for apart in (False, True) if t.dim() > 2 and t.shape[0] > 1 and tokens % t.shape[0] == 0 else (False,):
+            if int(t.max()) >= (tokens // t.shape[0] if apart else tokens):
                 continue
-            chosen = t.movedim(axis, 0).reshape(experts, -1).long()
-            if chosen.shape[1] > tokens:
-                continue
-            for w in [*floats, None]:
-                if w is not None and w.shape != ids.shape:
-                    continue
-                weights = torch.ones(chosen.shape) if w is None else w.tensor.movedim(axis, 0).reshape(experts, -1)
-                made = torch.zeros(experts, tokens, dtype=torch.float64).scatter_add_(1, chosen, weights.double()).t()
-                if (scale := gates.scale_of(made, torch.zeros(tokens))) is not None:
-                    yield Routing("choice", chosen.shape[1], ids, w, scale, axis=axis)
+            picked = of_all_tokens(t, tokens) if apart else t
+            for axis in (1 if apart else 0, t.dim() - 1):
+                if t.shape[axis] == experts:
+                    yield from _choice(gates, ids, picked, axis, floats, apart)
+
+
+def _choice(gates: Gates, ids: Value, picked: Tensor, axis: int, floats: list[Value], apart: bool) -> Iterator[Routing]:
+    """Axis `axis` of the tokens `picked`, which `ids` stands for, counts experts."""
+    tokens, experts = gates.matrix.shape
+    chosen = picked.movedim(axis, 0).reshape(experts, -1).long()
+    if chosen.shape[1] > tokens:
+        return
+    for w in [*floats, None]:
+        if w is not None and w.shape != ids.shape:
+            continue
+        weights = torch.ones(chosen.shape) if w is None else w.tensor.movedim(axis, 0).reshape(experts, -1)
+        made = torch.zeros(experts, tokens, dtype=torch.float64).scatter_add_(1, chosen, weights.double()).t()
+        if (scale := gates.scale_of(made, torch.zeros(tokens))) is not None:
+            yield Routing("choice", chosen.shape[1], ids, w, scale, axis=axis, apart=apart)
 
 
 def _visible_depth(trace: Trace) -> dict[Value, int]:

@@ -1855,6 +1855,19 @@ class ExpertChoicePerSequence(StackMoe):
         return torch.einsum("becs,bec,becd->bsd", dispatch, gates, routed)
 
 
+@positive("experts choose their tokens within each sequence, gathered and scattered")
+class ExpertChoiceGathered(StackMoe):
+    def forward(self, x: Tensor) -> Tensor:
+        capacity = max(1, 2 * x.shape[1] // E)
+        probs = self.router(x).softmax(-1)
+        gates, token = probs.topk(capacity, dim=1)  # [B, C, E]
+        place = token.flatten(1).unsqueeze(-1).expand(-1, -1, D)
+        rows = x.gather(1, place).view(len(x), capacity, E, D)
+        hidden = F.gelu(torch.einsum("bced,edh->bceh", rows, self.w1))
+        routed = torch.einsum("bceh,ehd->bced", hidden, self.w2) * gates.unsqueeze(-1)
+        return torch.zeros_like(x).scatter_add(1, place, routed.flatten(1, 2))
+
+
 @positive("every expert whose probability passes a threshold")
 class ThresholdRouting(ListMoe):
     def forward(self, x: Tensor) -> Tensor:

@@ -148,6 +148,18 @@ def test_no_tokens(kind):
     assert region_ids.shape == (0, routing.slots(4)) and region_w is not None and region_w.shape == region_ids.shape
 
 
+@given(st.integers(1, 3), st.integers(1, 5), experts_, seeds, st.booleans())
+def test_choice_in_each_sequence(sequences, length, experts, seed, last):
+    """ids [B, E, C] or [B, C, E] number the tokens of a sequence."""
+    size = min(2, length)
+    scores = torch.rand(sequences, experts, length, generator=generator(seed), dtype=torch.float64)
+    w, ids = scores.topk(size)
+    gates = torch.zeros_like(scores).scatter(2, ids, w).transpose(1, 2).reshape(-1, experts)
+    if last:
+        w, ids = w.transpose(1, 2), ids.transpose(1, 2)
+    check(Routing("choice", size, value(ids), value(w), axis=-1 if last else 1, apart=True), gates, ids, w)
+
+
 def test_gates_of_zero_are_slots_to_skip():
     w = torch.tensor([[0.0, 0.5, 0.0], [0.25, 0.0, 0.0]])
     ids, _ = region_inputs(Routing("dense", 1, None, value(w)), 3, 2, None, w)
