@@ -39,6 +39,7 @@ COL_MASK = (1 << COL_BITS) - 1
 MAX_PARAM_ONLY = (
     1 << 16
 )  # parameter-only arithmetic is followed up to this many elements (1 + norm weight, not W + B @ A)
+MANY_ROWS = 4096  # from which on different ones are found by sorting
 
 Signature = tuple[
     str, tuple[Any, ...], tuple[tuple[str, Any], ...]
@@ -869,7 +870,12 @@ class Lifter(Emulated):
 
 def hash_rows(rows: Tensor) -> Tensor:
     """A 64-bit number for each row [N, D]; equal rows (bit for bit, -0 = 0) get equal numbers."""
-    bits = (rows.double() + 0.0).contiguous().view(torch.int64)
+    return _mixed(rows.double() + 0.0)
+
+
+def _mixed(rows: Tensor) -> Tensor:
+    """A number for each row [N, n] of 64-bit elements."""
+    bits = rows.contiguous().view(torch.int64)
     generator = torch.Generator().manual_seed(rows.shape[-1])
     factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) | 1
     mixed = (bits ^ (bits >> 29)) * factors
@@ -891,10 +897,16 @@ def _beside(handles: Tensor) -> list[slice]:
 
 
 def _distinct(keys: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
-    """The different rows of keys [N, n], and which of them each is; torch.unique takes up to six times as long."""
-    rows = [tuple(row) for row in keys.tolist()]
-    numbers = {row: n for n, row in enumerate(dict.fromkeys(rows))}
-    return list(numbers), torch.tensor([numbers[row] for row in rows], dtype=torch.int64)
+    """The different rows of keys [N, n] as they come, and which of them each is; torch.unique of rows takes several times as long."""
+    if len(keys) < MANY_ROWS:
+        rows = [tuple(row) for row in keys.tolist()]
+        numbers = {row: n for n, row in enumerate(dict.fromkeys(rows))}
+        return list(numbers), torch.tensor([numbers[row] for row in rows], dtype=torch.int64)
+    unique, inverse = torch.unique(_mixed(keys), return_inverse=True)
+    first = torch.full((len(unique),), len(keys)).scatter_reduce_(0, inverse, torch.arange(len(keys)), "amin")
+    order = first.argsort()
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return [tuple(row) for row in keys[first[order]].tolist()], place[inverse]
 
 
 def _offsets(tensor: Tensor) -> Tensor:

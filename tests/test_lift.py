@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from moefx.passes import _lift
 from moefx.passes._experts import Bank, Evaluator, banks, depth_of, expert_groups
 from moefx.passes._lift import DATA, ZERO, Lifter
 from moefx.passes._template import write_template
@@ -507,6 +508,16 @@ def test_equal_rows_are_the_same_token():
     ids = lifter.token_ids(rows).tolist()
     assert ids[0] == ids[2] != ids[3] and ids[1] == ids[4] == 0 and min(ids[0], ids[3]) > 0
     assert lifter.token_ids(rows[3:4]).tolist() == [ids[3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_many_rows_are_told_apart_as_few_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    keys = torch.randint(-2, 3, (500, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
+    few = _lift._distinct(keys)
+    monkeypatch.setattr(_lift, "MANY_ROWS", 0)
+    many = _lift._distinct(keys)
+    assert many[0] == few[0] and len(few[0]) > 50 and torch.equal(many[1], few[1])
+    assert _lift._distinct(keys[:0])[0] == []
 
 
 def test_only_the_operators_of_the_block_are_emulated(monkeypatch: pytest.MonkeyPatch):
