@@ -878,8 +878,13 @@ def _mixed(rows: Tensor) -> Tensor:
     bits = rows.contiguous().view(torch.int64)
     generator = torch.Generator().manual_seed(rows.shape[-1])
     factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) | 1
-    mixed = (bits ^ (bits >> 29)) * factors
-    return (mixed ^ (mixed >> 31)).sum(-1)
+    mixed = (bits ^ _shifted(bits, 29)) * factors
+    return (mixed ^ _shifted(mixed, 31)).sum(-1)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """To the right, with zeros: torch's own operator repeats the sign, and -1 would be mixed as 0 is."""
+    return (bits >> by) & ((1 << 64 - by) - 1)
 
 
 def _beside(handles: Tensor) -> list[slice]:
@@ -897,7 +902,7 @@ def _beside(handles: Tensor) -> list[slice]:
 
 
 def _distinct(keys: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
-    """The different rows of keys [N, n] as they come, and which of them each is; torch.unique of rows takes several times as long."""
+    """The different rows of keys [N, n] as they come, and which of them each is; torch.unique of rows takes longer."""
     if len(keys) < MANY_ROWS:
         rows = [tuple(row) for row in keys.tolist()]
         numbers = {row: n for n, row in enumerate(dict.fromkeys(rows))}
