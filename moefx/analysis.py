@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def analyse(
             raise Decline(
                 f"the block takes a {type(leaf).__name__}: what it holds cannot be followed from call to call"
             )
-    example = probe.Example.of(args, kwargs)
+    example = oriented(twin, probe.Example.of(args, kwargs), options.seed)
     experts = probe.guess_experts(module)
     reasons: list[Decline] = []
     near: list[str] = []
@@ -161,7 +162,7 @@ def _realise(
     variant = Variant(
         compiled.region, hypothesis.routing.alone(), compiled, rewrite.forward, rewrite.structure, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
-        tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph,
+        tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph, example.features,
         _order_matters(hypothesis.trace),
     )  # fmt: skip
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
@@ -187,6 +188,17 @@ def probe_inputs(
     if runs(twin, *inputs):
         return inputs
     return probe.draw(example, example.token_sizes, seed, experts, dtype=probe.dtype_of(twin))
+
+
+def oriented(twin: nn.Module, example: probe.Example, seed: int) -> probe.Example:
+    """The example, with the axis of features second where it is images and a probe copy runs on images of other sizes so, and not
+    with features last."""
+    images = any(isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 4 for t in example.leaves())
+    for each in (example, replace(example, features=1)) if images else ():
+        with contextlib.suppress(Decline):
+            if runs(twin, *probe.draw(each, probe.shapes_for(each)[0], seed, 1, dtype=probe.dtype_of(twin))):
+                return each
+    return example
 
 
 def runs(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -436,6 +436,7 @@ def _try(
         variant = forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
         if isinstance(variant, Decline):
             return variant
+        example = dataclasses.replace(example, features=variant.features)
         variant.errors["device"] = max(
             variant.errors.get("device", 0.0), _check_device(module, variant, example, first)
         )

@@ -62,6 +62,7 @@ class Variant:
     settings: tuple[tuple[str, str, Any], ...] = ()  # plain attributes it was made for: (module, name, value)
     types: tuple[tuple[str, type], ...] = ()  # of the submodules whose code it stands for
     graph: Any = None  # fx.Graph of `forward`
+    features: int = -1  # see `probe.Example`
     ordered: bool = False  # what it draws at random, or changes in place, makes the order of its operations matter
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

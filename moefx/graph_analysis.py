@@ -20,6 +20,7 @@ from moefx.analysis import (
     compare_on_device,
     gradient_rounds,
     hypotheses,
+    oriented,
     probe_inputs,
     runs_on_some,
     token_shape,
@@ -211,6 +212,7 @@ class Analysis:
         self.fixed = FixedSizes.of(part)
         self._check_sizes()
         self.twin = self._twin()
+        self.example = oriented(self.twin, self.example, options.seed)
         self.tape: list[Record] = []
 
     def _check_sizes(self) -> None:

@@ -266,7 +266,8 @@ def _check(
     module: nn.Module, before: RewrittenForward, after: ShardedForward, example: probe.Example, group: dist.ProcessGroup
 ) -> float:
     """The relative error of the plan of all ranks against that of one, forward and gradients; Decline on every rank if large."""
-    region = next(v for v in before.variants.values() if isinstance(v, Variant)).region
+    variant = next(v for v in before.variants.values() if isinstance(v, Variant))
+    region, example = variant.region, replace(example, features=variant.features)
     parameter = next(p for p in module.parameters())
     dtype = example.dtype if any(p.dtype == example.dtype for p in module.parameters()) else parameter.dtype
     cut = _Cut(module, after.held, group)

@@ -222,10 +222,14 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 @dataclass(frozen=True)
 class Example:
-    """One real call of a block, moved to the CPU: the pattern from which probe inputs are drawn."""
+    """One real call of a block, moved to the CPU: the pattern from which probe inputs are drawn.
+
+    features: the axis of a token's features in float tensors; the others are token dimensions. 1: images, channels first.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    features: int = -1
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
@@ -246,21 +250,24 @@ class Example:
 
     @property
     def token_sizes(self) -> tuple[int, ...]:
-        """The distinct sizes of token dimensions: all but the last of float tensors, else all of integer tensors."""
+        """The distinct sizes of token dimensions: all but the features of float tensors, else all of integer tensors."""
         tensors = [t for t in self.leaves() if isinstance(t, Tensor)]
         floats = [t for t in tensors if t.is_floating_point() and t.dim() >= 2]
-        dims = [n for t in floats for n in t.shape[:-1]] or [
+        dims = [n for t in floats for n in self._lengths(t)] or [
             n for t in tensors if not t.is_floating_point() for n in t.shape
         ]
         return tuple(dict.fromkeys(dims))
+
+    def _lengths(self, t: Tensor) -> list[int]:
+        return [n for d, n in enumerate(t.shape) if d != self.features % t.dim()]
 
     @property
     def repeats(self) -> int:
         """How many token dimensions share the one token size: a batch of one sequence of one token, of n times n tokens."""
         if len(self.token_sizes) != 1:
             return 1
-        floats = [t for t in self.leaves() if isinstance(t, Tensor) and t.is_floating_point()]
-        return max([1, *(list(t.shape[:-1]).count(self.token_sizes[0]) for t in floats)])
+        floats = [t for t in self.leaves() if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
+        return max([1, *(self._lengths(t).count(self.token_sizes[0]) for t in floats)])
 
 
 # token shapes to draw, by the number of token dimensions
@@ -331,12 +338,13 @@ def draw(
         if t.is_floating_point():
             if t.dim() < 2 or _is_mask(t) and not only_masks:
                 return resize(t, range(t.dim())).to(dtype)
-            shape = [new_size.get(n, n) for n in t.shape[:-1]] + [t.shape[-1]]
+            axis = example.features % t.dim()
+            shape = [n if d == axis else new_size.get(n, n) for d, n in enumerate(t.shape)]
             if any(not i.is_floating_point() and i.shape == t.shape for i in leaves if isinstance(i, Tensor)):
                 return (torch.rand(shape, generator=generator) + 0.1).to(dtype)
             if tokens not in ("alike", "near"):
                 return torch.randn(shape, generator=generator).to(dtype)
-            token = torch.randn(shape[-1], generator=generator).expand(shape)
+            token = torch.randn(shape[axis], generator=generator).view(-1, *[1] * (t.dim() - 1 - axis)).expand(shape)
             return (token + 0.01 * torch.randn(shape, generator=generator) if tokens == "near" else token.clone()).to(dtype)
         if t.dim() >= 2 and tuple(t.shape) in partners and t.dtype != torch.bool:
             shape = [new_size.get(n, n) for n in t.shape[:-1]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -233,6 +235,19 @@ def test_draw_resizes_tokens_only():
     (a, b, flag), kwargs = draw(Example((x, condition, "flag"), {"eps": 0.5}), (3, 7), 0, E)
     assert a.shape == (3, 7, D) and b.shape == (3, 7, 3) and flag == "flag" and kwargs == {"eps": 0.5}
     assert a.dtype == torch.float64 and len(a.reshape(-1, D).unique(dim=0)) == 21
+
+
+@pytest.mark.parametrize(("shape", "sizes", "token_shape", "drawn"), [
+    ((2, 6, 5, 7), (2, 5, 7), (3, 4, 1), (3, 6, 4, 1)),
+    ((2, 5, 5, 5), (2, 5), (3, 4), (3, 5, 4, 4)),  # as many features as rows and columns
+])  # fmt: skip
+def test_images_keep_their_channels(shape, sizes, token_shape, drawn):
+    example = replace(Example.of((torch.randn(shape),), {}), features=1)
+    assert example.token_sizes == sizes
+    (image,), _ = draw(example, token_shape, 0, 4)
+    assert image.shape == drawn
+    (alike,), _ = draw(example, token_shape, 0, 4, "alike")
+    assert alike.shape == drawn and torch.equal(alike, alike[:1, :, :1, :1].expand_as(alike)) and alike[0, :, 0, 0].unique().numel() > 1
 
 
 def test_draw_is_the_same_for_the_same_seed():

@@ -37,7 +37,6 @@ GAPS = {
     "dropped_tokens_pass": "the same",
     "batch_prioritised": "dropping by priority: no recorded value equals the gates",
     "detached_router": "the weights are detached: their gradient differs from the recorded value's",
-    "channels_first": "all sizes before the last one are taken for numbers of tokens",
 }
 
 
