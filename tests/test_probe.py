@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -247,7 +246,8 @@ def test_images_keep_their_channels(shape, sizes, token_shape, drawn):
     (image,), _ = draw(example, token_shape, 0, 4)
     assert image.shape == drawn
     (alike,), _ = draw(example, token_shape, 0, 4, "alike")
-    assert alike.shape == drawn and torch.equal(alike, alike[:1, :, :1, :1].expand_as(alike)) and alike[0, :, 0, 0].unique().numel() > 1
+    assert alike.shape == drawn and torch.equal(alike, alike[:1, :, :1, :1].expand_as(alike))
+    assert alike[0, :, 0, 0].unique().numel() > 1
 
 
 def test_draw_is_the_same_for_the_same_seed():
