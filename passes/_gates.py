@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from moefx.passes._experts import Bank
-from moefx.passes._lift import Lifter, Piece, hash_rows
+from moefx.passes._keys import hash_rows
+from moefx.passes._lift import Lifter, Piece
 from torch import Tensor
 
 from moefx.trace import Trace, Value

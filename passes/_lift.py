@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from moefx.passes._keys import distinct, flat_offsets, hash_rows, runs_of
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -39,8 +40,6 @@ COL_MASK = (1 << COL_BITS) - 1
 MAX_PARAM_ONLY = (
     1 << 16
 )  # parameter-only arithmetic is followed up to this many elements (1 + norm weight, not W + B @ A)
-MANY_ROWS = 4096  # from which on different ones are found by sorting
-
 Signature = tuple[
     str, tuple[Any, ...], tuple[tuple[str, Any], ...]
 ]  # operator name, args and kwargs with Child operands
@@ -218,7 +217,7 @@ class Lifter(Emulated):
             if param is None or tensor.dtype.is_complex:
                 return DATA
             base = self.handle(("leaf", param)) << COL_BITS
-            return base + _offsets(tensor)
+            return base + flat_offsets(tensor)
         if isinstance(found, int):
             return found
         if self._itemsize[storage] != tensor.itemsize:
@@ -395,7 +394,7 @@ class Lifter(Emulated):
         valid = (handles == handles[:, :1]).all(-1) & regular & (handles[:, 0] > 0) & (step >= 0)
         keys = torch.stack([handles[:, 0], cols[:, 0], step], 1)
         keys = torch.where(valid[:, None], keys, torch.tensor([[-1, 0, 0]]))
-        unique, inverse = _distinct(keys)
+        unique, inverse = distinct(keys)
         numbers = [self._normal_row(h, col, s, width) if h > 0 else DATA for h, col, s in unique]
         rows = torch.tensor(numbers, dtype=torch.int64)[inverse] if numbers else torch.zeros(0, dtype=torch.int64)
         rows = torch.where((flat == ZERO).all(-1), ZERO, rows)
@@ -547,9 +546,9 @@ class Lifter(Emulated):
         """Whether x [B, N, I] @ weight [B, I, J] sums the products of several rows beside each other, as "teh,ehd->td" does. The
         sum is no row, but each product is what an expert gives: they are known from now on, though no tensor holds them."""
         codes = self.codes(x)
-        if not isinstance(codes, Tensor) or not self._holds_rows(codes) or bool((self.normalise(codes, 2) != DATA).all()):
+        if not isinstance(codes, Tensor) or not self._holds_rows(codes):
             return False
-        parts = _beside(codes >> COL_BITS)
+        parts = runs_of(codes >> COL_BITS)
         if len(parts) < 2 or any(bool((self.normalise(codes[:, :, part], 2) == DATA).any()) for part in parts):
             return False
         for part in parts:
@@ -682,7 +681,7 @@ class Lifter(Emulated):
             else:
                 return None
         keys = torch.stack([c.reshape(-1).double() for c in columns], 1)
-        unique, inverse = _distinct(keys)
+        unique, inverse = distinct(keys)
         numbers = self._pointwise_rows(unique, is_gate, lifted, Node("op", width, (), name, symbols, named))
         rows = (
             torch.tensor(numbers, dtype=torch.int64)[inverse].reshape(rows_shape)
@@ -866,60 +865,6 @@ class Lifter(Emulated):
         unique, inverse = torch.unique(rows, return_inverse=True)
         result = torch.tensor([made(r) for r in unique.tolist()], dtype=torch.int64)[inverse]
         return self._spread(result, op.width, axis) if bool((result > 0).any()) else None
-
-
-def hash_rows(rows: Tensor) -> Tensor:
-    """A 64-bit number for each row [N, D]; equal rows (bit for bit, -0 = 0) get equal numbers."""
-    return _mixed(rows.double() + 0.0)
-
-
-def _mixed(rows: Tensor) -> Tensor:
-    """A number for each row [N, n] of 64-bit elements."""
-    bits = rows.contiguous().view(torch.int64)
-    generator = torch.Generator().manual_seed(rows.shape[-1])
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator) | 1
-    mixed = (bits ^ _shifted(bits, 29)) * factors
-    return (mixed ^ _shifted(mixed, 31)).sum(-1)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """To the right, with zeros: torch's own operator repeats the sign, and -1 would be mixed as 0 is."""
-    return (bits >> by) & ((1 << 64 - by) - 1)
-
-
-def _beside(handles: Tensor) -> list[slice]:
-    """Where along the last axis the same handles stand, as slices of equal length that cover it; nothing where they do not."""
-    rows = handles.reshape(-1, handles.shape[-1])
-    fullest = max(rows[(rows > 0).any(-1)], key=lambda row: len(torch.unique(row)), default=None)
-    if fullest is None:
-        return []
-    places = [torch.nonzero(fullest == h).flatten() for h in dict.fromkeys(fullest.tolist())]
-    first, length = places[0], len(places[0])
-    step = int(first[1] - first[0]) if length > 1 else 1
-    if any(len(p) != length or bool((p - p[0] != step * torch.arange(length)).any()) for p in places):
-        return []
-    return [slice(int(p[0]), int(p[-1]) + 1, step) for p in places]
-
-
-def _distinct(keys: Tensor) -> tuple[list[tuple[Any, ...]], Tensor]:
-    """The different rows of keys [N, n] as they come, and which of them each is; torch.unique of rows takes longer."""
-    if len(keys) < MANY_ROWS:
-        rows = [tuple(row) for row in keys.tolist()]
-        numbers = {row: n for n, row in enumerate(dict.fromkeys(rows))}
-        return list(numbers), torch.tensor([numbers[row] for row in rows], dtype=torch.int64)
-    unique, inverse = torch.unique(_mixed(keys), return_inverse=True)
-    first = torch.full((len(unique),), len(keys)).scatter_reduce_(0, inverse, torch.arange(len(keys)), "amin")
-    order = first.argsort()
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    return [tuple(row) for row in keys[first[order]].tolist()], place[inverse]
-
-
-def _offsets(tensor: Tensor) -> Tensor:
-    """Flat storage offset of each element."""
-    offsets = torch.tensor(tensor.storage_offset())
-    for n, stride in zip(tensor.shape, tensor.stride()):
-        offsets = offsets[..., None] + torch.arange(n) * stride
-    return offsets
 
 
 def _symbol(argument: Any, operands: list[Tensor]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moefx.passes import _lift
+from moefx.passes import _keys
 from moefx.passes._experts import Bank, Evaluator, banks, depth_of, expert_groups
 from moefx.passes._lift import DATA, ZERO, Lifter
 from moefx.passes._template import write_template
@@ -510,14 +510,29 @@ def test_equal_rows_are_the_same_token():
     assert lifter.token_ids(rows[3:4]).tolist() == [ids[3]]
 
 
+@pytest.mark.parametrize(
+    ("row", "runs"),
+    [
+        ([5, 5, 5, 5], []),
+        ([5, 5, 7, 7], [slice(0, 2, 1), slice(2, 4, 1)]),
+        ([5, 7, 5, 7], [slice(0, 3, 2), slice(1, 4, 2)]),
+        ([5, 7, 9, 5], []),
+        ([5, 5, 7, 5], []),
+        ([5, 6, 7], [slice(0, 1, 1), slice(1, 2, 1), slice(2, 3, 1)]),
+    ],
+)
+def test_where_the_same_handles_stand(row: list[int], runs: list[slice]):
+    assert _keys.runs_of(torch.tensor([[0] * len(row), [5] * len(row), row])) == runs
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
 def test_many_rows_are_told_apart_as_few_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     keys = torch.randint(-2, 3, (500, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
-    few = _lift._distinct(keys)
-    monkeypatch.setattr(_lift, "MANY_ROWS", 0)
-    many = _lift._distinct(keys)
+    few = _keys.distinct(keys)
+    monkeypatch.setattr(_keys, "MANY_ROWS", 0)
+    many = _keys.distinct(keys)
     assert many[0] == few[0] and len(few[0]) > 50 and torch.equal(many[1], few[1])
-    assert _lift._distinct(keys[:0])[0] == []
+    assert _keys.distinct(keys[:0])[0] == []
 
 
 def test_only_the_operators_of_the_block_are_emulated(monkeypatch: pytest.MonkeyPatch):
