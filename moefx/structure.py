@@ -21,8 +21,9 @@ class _Fields:
     def made(self) -> Any:
         """An instance without what `__post_init__` would do to the values a second time."""
         values = {name: _closed(value) for name, value in zip(self.names, self.values)}
-        if not hasattr(self.of, "__post_init__") and all(f.init for f in dataclasses.fields(self.of)):
-            return self.of(**values)
+        of: Any = self.of
+        if of.__dataclass_params__.init and not hasattr(of, "__post_init__") and all(f.init for f in dataclasses.fields(of)):
+            return of(**values)  # Dynamo follows that
         instance: Any = object.__new__(self.of)
         for name, value in values.items():
             object.__setattr__(instance, name, value)
@@ -42,6 +43,8 @@ def _opened(result: Any) -> Any:
         if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
             return leaf
         names = tuple(f.name for f in dataclasses.fields(leaf))
+        if not set(getattr(leaf, "__dict__", names)) <= set(names):  # more than its fields would be lost
+            return leaf
         return _Fields(type(leaf), names, tuple(_opened(getattr(leaf, name)) for name in names))
 
     return pytree.tree_map(open_leaf, result)

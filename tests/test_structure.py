@@ -58,6 +58,14 @@ def test_there_and_back(result: Any) -> None:
     assert all(a is b for a, b in zip(taken_apart(again)[0], leaves))
 
 
+def test_attributes_beside_the_fields_are_not_lost() -> None:
+    """What cannot be put together again is a leaf, and a block that returns it is declined."""
+    result = Plain(X)
+    result.more = Y  # type: ignore[attr-defined]
+    leaves, structure = taken_apart((result, Plain(Y)))
+    assert leaves[0] is result and structure.put_together(leaves)[0] is result
+
+
 def test_other_leaves_take_their_places() -> None:
     leaves, structure = taken_apart((Frozen(Plain(X)), Y))
     assert [leaf is None for leaf in leaves] == [False, True, False, False]
