@@ -12,18 +12,18 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class _Fields:
-    """In place of an instance of a dataclass that pytree takes for a leaf."""
+    """In place of an instance of a dataclass that pytree takes for a leaf. called: whether calling the class with the values makes
+    the instance (Dynamo follows that), and does nothing to them a second time."""
 
     of: type
     names: tuple[str, ...]
+    called: bool
     values: tuple[Any, ...]
 
     def made(self) -> Any:
-        """An instance without what `__post_init__` would do to the values a second time."""
         values = {name: _closed(value) for name, value in zip(self.names, self.values)}
-        of: Any = self.of
-        if of.__dataclass_params__.init and not hasattr(of, "__post_init__") and all(f.init for f in dataclasses.fields(of)):
-            return of(**values)  # Dynamo follows that
+        if self.called:
+            return self.of(**values)
         instance: Any = object.__new__(self.of)
         for name, value in values.items():
             object.__setattr__(instance, name, value)
@@ -31,21 +31,24 @@ class _Fields:
 
 
 def _again(values: Iterable[Any], context: Any) -> _Fields:
-    of, names = context
-    return _Fields(of, names, tuple(values))
+    of, names, called = context
+    return _Fields(of, names, called, tuple(values))
 
 
-pytree.register_pytree_node(_Fields, lambda x: (list(x.values), (x.of, x.names)), _again)
+pytree.register_pytree_node(_Fields, lambda x: (list(x.values), (x.of, x.names, x.called)), _again)
 
 
 def _opened(result: Any) -> Any:
     def open_leaf(leaf: Any) -> Any:
         if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
             return leaf
-        names = tuple(f.name for f in dataclasses.fields(leaf))
+        of: Any = type(leaf)
+        fields = dataclasses.fields(leaf)
+        names = tuple(f.name for f in fields)
         if not set(getattr(leaf, "__dict__", names)) <= set(names):  # more than its fields would be lost
             return leaf
-        return _Fields(type(leaf), names, tuple(_opened(getattr(leaf, name)) for name in names))
+        called = of.__dataclass_params__.init and not hasattr(of, "__post_init__") and all(f.init for f in fields)
+        return _Fields(of, names, called, tuple(_opened(getattr(leaf, name)) for name in names))
 
     return pytree.tree_map(open_leaf, result)
 

@@ -527,6 +527,16 @@ def test_optimised_model_without_example_compiles_whole() -> None:
     assert "_infer_parameters" not in vars(tiny.model)
 
 
+def test_an_optimised_block_that_returns_a_dataclass_compiles_whole() -> None:
+    style = POSITIVE["returns_dataclass"]()
+    model, inputs = module_of(style).eval(), example_of(style)
+    expected = vars(model(*inputs))
+    made = vars(torch.compile(moefx.optimize(model, inputs), backend="aot_eager", fullgraph=True)(*inputs))
+    assert made.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(made[name], value)
+
+
 def test_a_changed_setting_is_noticed_by_the_compiled_model() -> None:
     """What the analysis took for a constant is a guard: the original runs again when it changes."""
 
