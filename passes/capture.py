@@ -32,6 +32,8 @@ from moefx.python_state import attributes, changed, picture, places
 from moefx.structure import taken_apart
 from moefx.trace import HOST_READS, Call, ModuleCall, Trace, Value, rebuild, user_line
 
+DETACHES = ("detach", "data")
+
 
 class Recorder(TorchFunctionMode):
     """Records torch functions and module calls while a block runs."""
@@ -46,6 +48,7 @@ class Recorder(TorchFunctionMode):
         self.scope: tuple[ModuleCall, ...] = ()
         self._known: dict[tuple[Any, ...], Value] = {}
         self._alive: list[Any] = []  # keeps storages alive, so that their addresses stay unique
+        self._detached: dict[int, Tensor] = {}  # by id: tensors without a past that lie where others with one do
         self._attributes: dict[int, tuple[str, str]] = {}
         for path, child in module.named_modules():
             for name, tensor in vars(child).items():
@@ -65,7 +68,8 @@ class Recorder(TorchFunctionMode):
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return self._new(tensor, (id(tensor),), "unseen", "", None, None)
         storage = tensor.untyped_storage()._cdata
-        alias = (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        apart = id(tensor) in self._detached
+        alias = (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, apart)
         key = (*alias, tensor._version)
         if key in self._known:
             return self._known[key]
@@ -122,6 +126,9 @@ class Recorder(TorchFunctionMode):
         written = [t for t, version in zip(tensors, before) if t._version != version]
         if not made and not written and call.name not in HOST_READS:
             return result
+        if call.name in DETACHES or any(id(t) in self._detached for t in tensors):
+            storages = {t.untyped_storage()._cdata for t in tensors}
+            self._detached.update({id(t): t for t in made if t.untyped_storage()._cdata in storages})
         self.calls.append(call)
         call.writes = tuple(dict.fromkeys(self.value_of(t, call) for t in written))
         call.result = rebuild(result, lambda x: self.value_of(x, call) if isinstance(x, Tensor) else x)

@@ -171,6 +171,21 @@ def test_outputs_keep_their_structure_and_constants():
     assert set(structure.put_together(flat)) == {"y", "z"}
 
 
+@pytest.mark.parametrize("name", ["detach", "data"])
+def test_a_detached_tensor_is_another_value(name):
+    """It lies where the first one does, with the same numbers, and so do its views."""
+
+    def forward(self: Block, x: Tensor) -> tuple[Tensor, ...]:
+        apart = x.detach() if name == "detach" else x.data
+        return x.view(4).exp(), apart.view(4).neg(), x.view(4).abs(), apart.sin()
+
+    trace = record(forward, torch.ones(2, 2))
+    first, of_view, again, whole = (only(trace, n).args[0] for n in ("exp", "neg", "abs", "sin"))
+    made = only(trace, name).result
+    assert whole is made is not trace.inputs[0] and made.storage == trace.inputs[0].storage
+    assert first is again is not of_view and of_view.producer.args[0] is made
+
+
 def test_calls_with_several_results():
     trace = record(lambda self, x: x.topk(2).indices + x.topk(1)[1] + x.chunk(2)[0].long(), torch.ones(4))
     for call in trace.calls:

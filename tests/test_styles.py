@@ -36,7 +36,6 @@ GAPS = {
     "capacity_per_sequence": "a capacity computed with a float that stands in the code: Python keeps no trace of the size",
     "dropped_tokens_pass": "the same",
     "batch_prioritised": "dropping by priority: no recorded value equals the gates",
-    "detached_router": "the weights are detached: their gradient differs from the recorded value's",
 }
 
 
