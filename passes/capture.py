@@ -126,9 +126,10 @@ class Recorder(TorchFunctionMode):
         written = [t for t, version in zip(tensors, before) if t._version != version]
         if not made and not written and call.name not in HOST_READS:
             return result
-        if call.name in DETACHES or any(id(t) in self._detached for t in tensors):
-            storages = {t.untyped_storage()._cdata for t in tensors}
-            self._detached.update({id(t): t for t in made if t.untyped_storage()._cdata in storages})
+        sources = tensors if call.name in DETACHES else [t for t in tensors if id(t) in self._detached]
+        storages, given = {t.untyped_storage()._cdata for t in sources}, {id(t) for t in tensors}
+        views = [t for t in made if t.untyped_storage()._cdata in storages and id(t) not in given]
+        self._detached.update({id(t): t for t in views})
         self.calls.append(call)
         call.writes = tuple(dict.fromkeys(self.value_of(t, call) for t in written))
         call.result = rebuild(result, lambda x: self.value_of(x, call) if isinstance(x, Tensor) else x)

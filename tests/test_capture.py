@@ -186,6 +186,18 @@ def test_a_detached_tensor_is_another_value(name):
     assert first is again is not of_view and of_view.producer.args[0] is made
 
 
+def test_what_detached_values_are_written_into_is_not_detached():
+    def forward(self: Block, x: Tensor) -> Tensor:
+        total = x + 1
+        total.add_(total.detach())
+        total[0] = x.detach()[1]
+        return total.view(4)
+
+    trace = record(forward, torch.ones(2, 2))
+    last = result(trace).producer.args[0]
+    assert last.object is only(trace, "add").result
+
+
 def test_calls_with_several_results():
     trace = record(lambda self, x: x.topk(2).indices + x.topk(1)[1] + x.chunk(2)[0].long(), torch.ones(4))
     for call in trace.calls:
