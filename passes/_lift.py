@@ -40,6 +40,7 @@ COL_MASK = (1 << COL_BITS) - 1
 MAX_PARAM_ONLY = (
     1 << 16
 )  # parameter-only arithmetic is followed up to this many elements (1 + norm weight, not W + B @ A)
+
 Signature = tuple[
     str, tuple[Any, ...], tuple[tuple[str, Any], ...]
 ]  # operator name, args and kwargs with Child operands
@@ -294,13 +295,16 @@ class Lifter(Emulated):
         shared = {t.untyped_storage()._cdata for t in inputs}
         if not inplace and outputs and all(t.untyped_storage()._cdata in shared for t in outputs):
             return  # a view: codes live on the storage
+        lifted = any(self._lifted(t) for t in inputs)
+        for t in outputs:
+            self._remember(func, base, args, kwargs, t, None if lifted or len(outputs) > 1 else inputs)
         if base in RANDOM:
             self._random.update(t.untyped_storage()._cdata for t in outputs)
         if base in ZERO_FACTORIES or base in FILLS and args[FILLS[base]] == 0:
             for t in outputs:
                 self.set_codes(t, ZERO)
             return
-        if not any(self._lifted(t) for t in inputs):
+        if not lifted:
             if base in MOVES or base in ("copy", "fill", "masked_fill"):
                 if any(self.codes(t) is not DATA for t in inputs):
                     self._move(func, base, args, kwargs, result, inplace)
@@ -308,7 +312,6 @@ class Lifter(Emulated):
             for t in outputs:
                 if t.untyped_storage()._cdata in self._codes:
                     self.set_codes(t, DATA)
-                self._remember(func, base, args, kwargs, t, inputs if len(outputs) == 1 else None)
             return
         codes: Tensor | int | None
         if base in RANDOM and not (base == "native_dropout" and (args[1] == 0 or args[2] is False)):
@@ -707,7 +710,7 @@ class Lifter(Emulated):
         return numbers[inverse].reshape(rows.shape[:-1]) if len(unique) else None
 
     def _remember(self, func: Any, base: str, args: Any, kwargs: Any, out: Tensor, inputs: list[Tensor] | None) -> None:
-        """How plain data was made, if row by row; inputs: None where the call has made more than that."""
+        """How plain data was made, if row by row, in place of how its storage was filled before. inputs: None for other data."""
         storage = out.untyped_storage()._cdata
         before = self._made.pop(storage, None)
         if inputs is None or not out.is_floating_point() or func._schema.is_mutable and before is None:

@@ -389,6 +389,11 @@ def changed_since(x: Tensor, w: Tensor) -> Tensor:
         (lambda x, w: F.layer_norm(x, (D,), w[0], w[1]), {"native_layer_norm", "mul", "add"}),
         (lambda x, w: F.layer_norm(x, (D,), None, w[1]), {"native_layer_norm", "add"}),
         (changed_since, {"mul"}),  # what was read is gone
+        (lambda x, w: x.exp().index_fill_(0, torch.tensor([1]), 2.0) * w[0], {"mul"}),  # and so is what was made
+        (lambda x, w: x.exp().copy_(x.flip(0)) * w[0], {"mul"}),
+        (lambda x, w: x.exp().fill_(3.0) * w[0], {"mul"}),
+        (lambda x, w: x.exp().masked_fill_(x > 0, 1.0) * w[0], {"mul"}),
+        (lambda x, w: x.exp().zero_() * w[0], set()),
         (lambda x, w: (x - x.mean(0)) * w[0], {"mul"}),  # mixes tokens
         (lambda x, w: (x + x.roll(1, 0)) * w[0], {"mul"}),
         (lambda x, w: F.layer_norm(x, (D,)), set()),  # no parameter
