@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -132,7 +132,7 @@ def float32_precision() -> str:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-_compiled: list[tuple[Any, bool]] | None = None  # while a list, `launch` compiles into it and runs nothing
+_builder: _Builder | None = None  # while there is one, `launch` gives kernels to it and runs nothing
 _every_size = True  # whether that is for all numbers of rows
 
 
@@ -141,8 +141,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, shrinks: bool = False
 
     shrinks: the caller takes a smaller one where this needs more of the chip than there is.
     """
-    if _compiled is not None:
-        _compiled.append((kernel.warmup(*args, grid=grid, **options), shrinks))
+    if _builder is not None:
+        _builder.shrinks = shrinks
+        made = kernel.warmup(*args, grid=grid, **options)
+        if not hasattr(made, "result"):  # compiled before, and not side by side
+            _builder.load(made, shrinks)
     elif interpreted():
         kernel[grid](*args, **options)
     else:
@@ -165,42 +168,50 @@ def only_compiling(every_size: bool = True) -> Iterator[None]:
 
     every_size: also those that another number of rows would take.
     """
-    global _compiled, _every_size
+    global _builder, _every_size
     if interpreted():
         yield  # nothing to compile
         return
-    compiled: list[tuple[Any, bool]] = []
-    side_by_side = getattr(triton, "AsyncCompileMode", None)  # since Triton 3.5
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        _compiled, _every_size = compiled, every_size
+    with _Builder() as builder, triton.AsyncCompileMode(builder):
+        _builder, _every_size = builder, every_size
         try:
-            with side_by_side(pool) if side_by_side else contextlib.nullcontext():
-                yield
+            yield
         finally:
-            _compiled = None
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        list(pool.map(lambda made: _load(made[0], made[1], device), {id(made[0]): made for made in compiled}.values()))
+            _builder = None
 
 
-def _load(kernel: Any, shrinks: bool, device: int | None) -> None:
-    """Brings a compiled kernel onto the device and builds its launcher, which Triton would do at its first launch.
+class _Builder(ThreadPoolExecutor):
+    """Threads that Triton compiles kernels in, and each brings its own onto the device and builds its launcher, as Triton does at
+    the first launch. shrinks: of the kernel that is given now, whether it takes another form where it needs more of the chip
+    than there is; any other raises OutOfResources then."""
 
-    One that needs more of the chip than there is raises OutOfResources, unless it `shrinks` at its first launch.
-    """
-    ready = kernel.result() if hasattr(kernel, "result") else kernel  # of a compilation that ran side by side
-    with torch.cuda.device(device) if device is not None else contextlib.nullcontext():
-        with contextlib.suppress(OutOfResources) if shrinks else contextlib.nullcontext():
-            ready.run  # noqa: B018 - a property that does both
+    def __init__(self) -> None:
+        super().__init__(os.cpu_count())
+        self.shrinks = False
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def submit(self, fn: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]  # Triton gives nothing else
+        return super().submit(self._build, fn, self.shrinks)
+
+    def _build(self, compile_kernel: Callable[[], Any], shrinks: bool) -> Any:
+        kernel = compile_kernel()
+        self.load(kernel, shrinks)
+        return kernel
+
+    def load(self, kernel: Any, shrinks: bool) -> None:
+        with torch.cuda.device(self.device) if self.device is not None else contextlib.nullcontext():
+            with contextlib.suppress(OutOfResources) if shrinks else contextlib.nullcontext():
+                kernel.run  # noqa: B018 - a property that does both
 
 
 def compiling() -> bool:
     """Whether kernels are only made ready now."""
-    return _compiled is not None
+    return _builder is not None
 
 
 def compiling_every_size() -> bool:
     """Whether kernels are only made ready, and those for all numbers of rows: then all of them are launched."""
-    return _compiled is not None and _every_size
+    return _builder is not None and _every_size
 
 
 def launch_block(

@@ -109,8 +109,8 @@ def _inner(name: str, mode: str | None) -> Callable[..., Any]:
 
 
 def wake_inductor() -> None:
-    """Starts the processes in which Inductor compiles kernels for GPUs. Inductor starts them with its first kernel, and compiles in
-    this process until they have imported torch, which takes seconds."""
+    """Starts the processes in which Inductor compiles kernels for GPUs, beside an analysis. Inductor starts them with its first
+    kernel, and compiles in this process until they have imported torch, which takes seconds."""
     from torch._inductor.async_compile import AsyncCompile
 
     AsyncCompile.use_process_pool()
@@ -200,7 +200,10 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions,
     try:
         if parts or called:
             new = not _all_known(parts, params, called, options)
-            with compiler_prepared([p.device for p in params.values()] if new else [], options.kernels):
+            devices = [p.device for p in params.values()] if new else []
+            if options.inner == INNER and any(d.type == "cuda" for d in devices):
+                wake_inductor()
+            with compiler_prepared(devices, options.kernels):
                 seen: dict[fx.Node, Any] = {}
                 if new:
                     firsts = {_key(part, params, options): part for part in reversed(parts)}  # of each structure
@@ -374,7 +377,7 @@ def _analyse(
     autocast = caller_autocast()  # which `neutral` leaves
     try:
         with probe.neutral():
-            return Analysis(gm, part, params, seen, options, autocast, wake_inductor if options.inner == INNER else None).found()
+            return Analysis(gm, part, params, seen, options, autocast).found()
     except Decline as reason:
         return reason.alone()
     except Exception as error:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,8 +186,7 @@ MAX_KNOWN = 256
 
 
 class Analysis:
-    """One part: its own parameters and entering values, its probe copies. autocast: see `caller_autocast`. beside: called
-    when the kernels of a change that holds begin to be compiled; what it starts has until then not to compete for the cores."""
+    """One part: its own parameters and entering values, its probe copies. autocast: see `caller_autocast`."""
 
     def __init__(
         self,
@@ -197,9 +196,8 @@ class Analysis:
         seen: dict[fx.Node, Any],
         options: Options,
         autocast: tuple[tuple[str, torch.dtype], ...],
-        beside: Callable[[], object] | None = None,
     ) -> None:
-        self.gm, self.part, self.options, self.autocast, self.beside = gm, part, options, autocast, beside
+        self.gm, self.part, self.options, self.autocast = gm, part, options, autocast
         self.own = [params[n] for n in part.params]
         self.others = {n: seen[n] for n in part.others}
         self.entering = tuple(seen[n] for n in part.inputs)
@@ -367,8 +365,6 @@ class _OnDevice:
         every_size = any(isinstance(size, torch.SymInt) for n in self.of.part.inputs for size in value_of(n).shape)
 
         def ready(x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None, like: Any, *params: Tensor) -> Tensor:
-            if self.of.beside and x.is_cuda:
-                self.of.beside()
             call.compiled.precompile(*call.inputs(x, ids, w, keep, params), self.rounds, every_size, may_pack=False)
             raise _AllSeen
 

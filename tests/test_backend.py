@@ -43,7 +43,6 @@ from moefx.passes.select import select
 
 import moefx.backend
 from moefx import graph_analysis, graph_nodes
-from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
 from moefx.region_op import REGIONS
 from moefx.report import GRAPHS
@@ -858,8 +857,8 @@ def test_cuda_graphs(entrance: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
-def test_inductors_processes_start_beside_the_kernels(device: str, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, with Inductor behind; before the first kernel of moefx is compiled."""
+def test_inductors_processes_start_beside_the_analysis(device: str, inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, with Inductor behind."""
     from torch._inductor.async_compile import AsyncCompile
 
     order: list[str] = []
@@ -872,11 +871,11 @@ def test_inductors_processes_start_beside_the_kernels(device: str, inner: str, m
         return note
 
     monkeypatch.setattr(AsyncCompile, "use_process_pool", staticmethod(noted(AsyncCompile.use_process_pool, "processes")))
-    monkeypatch.setattr(CompiledRegion, "precompile", noted(CompiledRegion.precompile, "kernels"))
+    monkeypatch.setattr(graph_analysis.Analysis, "found", noted(graph_analysis.Analysis.found, "analysis"))
     model = Layers("gathered").to(device)
     torch.compile(model, backend="moefx", options={"inner": inner})(tokens(4, 16).to(device))
-    expected = ["processes", "kernels"] if (device, inner) == ("cuda", "inductor") else ["kernels"]
-    assert order[: order.index("kernels") + 1] == expected
+    expected = ["processes", "analysis"] if (device, inner) == ("cuda", "inductor") else ["analysis"]
+    assert order[: order.index("analysis") + 1] == expected
 
 
 @pytest.mark.gpu

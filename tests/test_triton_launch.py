@@ -1,9 +1,14 @@
 """Descriptors for the copy engine: those of Triton's own constructors, made without them."""
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 from moefx.codegen import triton_launch, triton_route
 from moefx.codegen.triton_launch import cdiv, described, described_rows
+from triton.runtime._async_compile import active_mode
+from triton.runtime.errors import OutOfResources
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -47,7 +52,7 @@ def test_rounding_up() -> None:
 
 def test_rows_exist_while_kernels_are_only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan's own indexing runs then too, by numbers that no kernel has written."""
-    monkeypatch.setattr(triton_launch, "_compiled", [])
+    monkeypatch.setattr(triton_launch, "_builder", triton_launch._Builder())
     monkeypatch.setattr(triton_route, "launch", lambda *_, **__: None)
     taken = [torch.full((99,), 1 << 40) for _ in range(8)]
     del taken  # memory that is likely to be given next
@@ -55,3 +60,44 @@ def test_rows_exist_while_kernels_are_only_compiled(monkeypatch: pytest.MonkeyPa
     rows = torch.arange(99)
     assert not (rows[order].any() or rows[position.reshape(-1)].any() or offsets.any())
     assert (order.shape, offsets.shape, position.shape) == ((99,), (6,), (33, 3))
+
+
+class Kernel:
+    """What Triton makes; one that asks for more of the chip than there is says so when it is loaded."""
+
+    def __init__(self, fits: bool) -> None:
+        self.fits, self.loaded = fits, False
+
+    @property
+    def run(self) -> None:
+        if not self.fits:
+            raise OutOfResources(300, 227, "shared memory")
+        self.loaded = True
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_kernels_are_loaded_where_they_are_compiled(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side, and those that were compiled before. One too large is an error unless its launcher takes another form then."""
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
+
+    class Launched:
+        def __init__(self, kernel: Kernel) -> None:
+            self.kernel = kernel
+
+        def warmup(self, *, grid: tuple[int, ...]) -> Any:
+            if before:
+                return self.kernel
+            mode = active_mode.get()
+            assert mode is not None
+            told = len(inspect.signature(mode.submit).parameters) - 2  # when it is made; in newer releases, too, when it is not
+            return mode.submit(id(self), lambda: self.kernel, *[lambda _: None] * told)
+
+    fits, too_large = Kernel(True), Kernel(False)
+    with triton_launch.only_compiling():
+        triton_launch.launch(Launched(fits), (1,))
+        triton_launch.launch(Launched(too_large), (1,), shrinks=True)
+        triton_launch.launch(Launched(again := Kernel(True)), (1,))
+    assert fits.loaded and again.loaded and not too_large.loaded
+    with pytest.raises(OutOfResources), triton_launch.only_compiling():
+        triton_launch.launch(Launched(too_large), (1,))
+    assert not triton_launch.compiling()
