@@ -72,10 +72,7 @@ def moefx(
     report.seconds = time.perf_counter() - start
     report.parameters = [weakref.ref(p) for p in example_inputs if isinstance(p, nn.Parameter)]
     GRAPHS.append(report)
-    with ThreadPoolExecutor(1) as pool:
-        for choice in _choices(gm.graph):
-            pool.submit(prepare, chosen.kernels, *choice)  # what fails here fails again, and is raised, in the first call
-        compiled = inner(gm, example_inputs)
+    compiled = _compiled(gm, example_inputs, inner, chosen, beside=report.analysed > 0)
     for region, params in bound:  # not before: the compiler has to find every parameter where Dynamo has seen it
         region.binder.bind(params)
     return compiled
@@ -114,6 +111,29 @@ def wake_inductor() -> None:
     from torch._inductor.async_compile import AsyncCompile
 
     AsyncCompile.use_process_pool()
+
+
+def _compiled(
+    gm: fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], options: BackendOptions, beside: bool
+) -> Callable[..., Any]:
+    """What the inner backend makes of the graph, with the kernels of its routers' choices ready.
+
+    beside: they are compiled beside the inner backend. Where nothing had to be analysed they come out of a cache behind it: what
+    is done first in a process, the hash of Triton's files, would else be done twice at the same time.
+    """
+    choices = _choices(gm.graph)
+    with ThreadPoolExecutor(1) as pool:
+
+        def ready() -> None:
+            for choice in choices:
+                pool.submit(prepare, options.kernels, *choice)  # what fails here fails again, and is raised, in the first call
+
+        if beside:
+            ready()
+        compiled = inner(gm, inputs)
+        if not beside:
+            ready()
+    return compiled
 
 
 # ------------------------------------------------------------------------------------------------ candidates
@@ -302,6 +322,7 @@ def _rewrite_parts(
             if not seen.keys() >= entering(part):  # the first of its structure was a part of something else
                 seen = observe(gm, inputs, [part], set())
             analysed[key] = _analyse(gm, part, params, seen, options)
+            report.analysed += 1
             if isinstance(reason := analysed[key], Decline):
                 report.declined.append(DeclinedBlock(part.name, reason.reason, reason.nearest, reason.location))
                 find_log.info("declined %s: %s", part.name or "the graph", reason)

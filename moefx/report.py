@@ -77,7 +77,8 @@ class DeclinedBlock:
 
 @dataclass
 class GraphReport:
-    """What the backend of torch.compile did to one graph. parameters: those that the graph reads, held weakly."""
+    """What the backend of torch.compile did to one graph. parameters: those that the graph reads, held weakly. analysed: how many
+    parts had to be, since no graph before, here or in an earlier process, had one of their structure."""
 
     nodes: int
     inner: str
@@ -85,6 +86,7 @@ class GraphReport:
     declined: list[DeclinedBlock] = field(default_factory=list)
     seconds: float = 0.0
     parameters: list[Any] = field(default_factory=list)
+    analysed: int = 0
 
     def __str__(self) -> str:
         head = f"graph of {self.nodes} nodes for {self.inner}: {len(self.found)} region(s), {len(self.declined)} declined"

@@ -16,9 +16,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -876,6 +877,30 @@ def test_inductors_processes_start_beside_the_analysis(device: str, inner: str, 
     torch.compile(model, backend="moefx", options={"inner": inner})(tokens(4, 16).to(device))
     expected = ["processes", "analysis"] if (device, inner) == ("cuda", "inductor") else ["analysis"]
     assert order[: order.index("analysis") + 1] == expected
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_kernels_of_choices_are_ready_with_the_graph(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the inner backend or behind it; what fails there is not raised, since the first call raises it."""
+    prepared = threading.Event()
+
+    def prepare(*choice: Any) -> None:
+        assert choice == ("auto", torch.device("cpu"), torch.float32, 8, 2)
+        prepared.set()
+        raise RuntimeError("no compiler")
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        assert prepared.wait(20 if beside else 0) == beside
+        return gm.forward
+
+    graph = fx.Graph()
+    scores = graph.placeholder("scores")
+    scores.meta["example_value"] = torch.zeros(3, 8)
+    graph.output(graph.call_function(moefx.backend.TOPK, (scores, 2)))
+    gm = fx.GraphModule({}, graph)
+    monkeypatch.setattr(moefx.backend, "prepare", prepare)
+    assert moefx.backend._compiled(gm, [], inner, moefx.backend.BackendOptions(), beside) == gm.forward
+    assert prepared.is_set()
 
 
 @pytest.mark.gpu

@@ -97,7 +97,7 @@ def no_analysis(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def first_process(model: nn.Module) -> None:
     right(model)
-    assert GRAPHS[-1].found and not GRAPHS[-1].found[0].same_as
+    assert GRAPHS[-1].found and not GRAPHS[-1].found[0].same_as and GRAPHS[-1].analysed == 1
     forget()
 
 
@@ -106,7 +106,7 @@ def test_the_next_process_analyses_nothing(kind: Any, request: pytest.FixtureReq
     first_process(kind())
     analysed, model = request.getfixturevalue("no_analysis"), kind()  # of other weights
     right(model)
-    assert not analysed
+    assert not analysed and not GRAPHS[-1].analysed
     (found,) = GRAPHS[-1].found
     assert found.same_as == "an earlier process" and found.errors
     assert "an earlier process" in str(moefx.explain(model))
