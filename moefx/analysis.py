@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moefx import probe, selection, verify
-from moefx.block import Variant, settings_of
+from moefx.block import Variant
 from moefx.build import compile_region
 from moefx.errors import Decline
 from moefx.options import Options
@@ -26,6 +26,7 @@ from moefx.passes._lift import Lifter
 from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
 from moefx.passes.capture import capture
 from moefx.routing import Hypothesis
+from moefx.settings import settings_of
 from moefx.trace import Trace, Value, precision
 
 log = logging.getLogger(__name__)

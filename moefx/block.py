@@ -25,6 +25,7 @@ from moefx.errors import Decline
 from moefx.ir import Region
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
+from moefx.settings import Setting, Watch
 from moefx.structure import Structure
 
 MAX_VARIANTS = 8  # ways of calling one block that are analysed
@@ -59,7 +60,7 @@ class Variant:
     errors: dict[str, float]
     location: str
     stages: tuple[tuple[str, str], ...]  # (stage, text)
-    settings: tuple[tuple[str, str, Any], ...] = ()  # plain attributes it was made for: (module, name, value)
+    settings: tuple[Setting, ...] = ()  # plain values it was made for
     types: tuple[tuple[str, type], ...] = ()  # of the submodules whose code it stands for
     graph: Any = None  # fx.Graph of `forward`
     features: int = -1  # see `probe.Example`
@@ -169,20 +170,6 @@ def _kind(x: Any) -> Any:
     return (type(x).__name__, "") if spec.is_leaf() else (str(spec), *[_kind(v) for v in leaves])
 
 
-def settings_of(module: nn.Module, kept: tuple[str, ...]) -> tuple[tuple[str, str, Any], ...]:
-    """Plain attributes that a variant took as constants: all but those of submodules that are still called."""
-    found = []
-    for path, child in module.named_modules():
-        if any(path == k or path.startswith(k + ".") for k in kept):
-            continue
-        for name, value in vars(child).items():
-            if name == "training":
-                found.append((path, name, value == module.training))
-            elif isinstance(value, (int, float, str, type(None))) and not name.startswith("_"):
-                found.append((path, name, value))
-    return tuple(found)
-
-
 @dataclass(frozen=True)
 class Parameters:
     """The parameters of a forward, for a binding of arguments that Dynamo can follow (`inspect` it cannot), and is fast.
@@ -271,8 +258,8 @@ class RewrittenForward(OwnForward):
     ) -> None:
         super().__init__(module)
         self.analyse, self.variants = analyse, variants
-        self.watched: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
-        self.failed = False
+        self.watched: dict[int, Watch] = {}
+        self.failed = self.stale = False
         self.signature = inspect.signature(type(module).forward)
         self.parameters = Parameters.of(self.signature)
 
@@ -286,7 +273,13 @@ class RewrittenForward(OwnForward):
             log.warning(
                 "moefx keeps the original %s for this way of calling it: %s", type(self.module).__name__, variant
             )
-        if isinstance(variant, Decline) or self._changed(variant) or self._hooked(variant):
+        if isinstance(variant, Decline) or self._hooked(variant):
+            return self.original(*args, **kwargs)
+        if change := self._change(variant):
+            if not self.stale:  # once: it may come back, or change in every step
+                kind = type(self.module).__name__
+                log.warning("moefx runs the original %s while it is not what it was rewritten for: %s", kind, change)
+            self.stale = True
             return self.original(*args, **kwargs)
         try:
             return variant.run(self.module, flat_args, flat_kwargs)
@@ -323,11 +316,9 @@ class RewrittenForward(OwnForward):
         return self.original(*args, **kwargs)
 
     def _as_analysed(self, variant: Variant) -> bool:
-        """Not `_changed`, without its memory: nothing that is stored while Dynamo traces."""
-        for path, name, value in variant.settings:
-            child = self.module.get_submodule(path)
-            now = child.training == self.module.training if name == "training" else getattr(child, name, None)
-            if now != value:
+        """No `_change`, without its memory: nothing that is stored while Dynamo traces."""
+        for setting in variant.settings:
+            if not setting.same(self.module):
                 return False
         return True
 
@@ -346,17 +337,16 @@ class RewrittenForward(OwnForward):
                 self.variants[key] = Decline(f"moefx itself failed: {type(error).__name__}: {error}")
         return self.variants[key]
 
-    def _changed(self, variant: Variant) -> bool:
-        """Whether plain attributes of the block (a scale, a top_k, the mode of a submodule) are not those of the analysis."""
-        watched = self.watched.get(id(variant))
-        if watched is None:
+    def _change(self, variant: Variant) -> str:
+        """Which plain values that the block takes from somewhere (a scale, a top_k, the mode of a submodule) are not those of the
+        analysis; nothing where all are."""
+        watch = self.watched.get(id(variant))
+        if watch is None:
             try:
-                watched = [(vars(self.module.get_submodule(p)), n, v) for p, n, v in variant.settings]
-            except AttributeError:
-                return True  # the user rearranged the block
-            self.watched[id(variant)] = watched
-        mode = self.module.training
-        return any((state.get(n) == mode) != v if n == "training" else state.get(n) != v for state, n, v in watched)
+                watch = self.watched[id(variant)] = Watch(variant.settings, self.module)
+            except (AttributeError, KeyError) as error:
+                return f"it was rearranged ({error})"
+        return str(watch) if watch.changed() else ""
 
     def _hooked(self, variant: Variant) -> bool:
         """Hooks on submodules whose work the region took over: only the original can honour them."""

@@ -68,8 +68,10 @@ class ShardedForward(RewrittenForward):
         variant = self.variant_for(flat_args, flat_kwargs)
         if isinstance(variant, Decline):
             raise InputError(f"{self._name()}: {variant}")
-        if self._changed(variant) or self._hooked(variant):
-            raise InputError(f"{self._name()} was changed after its experts were spread over ranks: moefx.restore(model) first")
+        change = self._change(variant) or ("its submodules have hooks, or forwards of their own" if self._hooked(variant) else "")
+        if change:
+            advice = "was changed after its experts were spread over ranks: moefx.restore(model) first"
+            raise InputError(f"{self._name()} {advice} ({change})")
         return variant.run(self.module, flat_args, flat_kwargs)
 
     def _name(self) -> str:

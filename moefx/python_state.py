@@ -30,10 +30,15 @@ def picture(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple, set, dict)) and depth < _DEPTH:
         items = value.items() if isinstance(value, dict) else value
         return (len(value), *(picture(v, depth + 1) for v in items))
-    opaque = isinstance(value, (nn.Module, types.ModuleType, logging.Logger)) or callable(value)
-    if hasattr(value, "__dict__") and not opaque and depth < _DEPTH:
+    if holds_data(value) and depth < _DEPTH:
         return (id(value), picture({k: v for k, v in vars(value).items() if not k.startswith("__")}, depth + 1))
     return id(value)
+
+
+def holds_data(value: Any) -> bool:
+    """Whether it is an object with attributes that are looked at: a config, say."""
+    opaque = isinstance(value, (Tensor, nn.Module, types.ModuleType, logging.Logger)) or callable(value)
+    return hasattr(value, "__dict__") and not opaque
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -76,22 +81,39 @@ class Place:
 
 def places(module: nn.Module) -> tuple[Place, ...]:
     """Where the code of a module's class, and what it calls by name in its own package, can leave something behind."""
-    return _places(cast(Hashable, type(module)))
+    return _reached(cast(Hashable, type(module)))[0]
+
+
+def functions(module: nn.Module) -> tuple[types.FunctionType, ...]:
+    """Those of a module's class, and what they call by name in its own package."""
+    return _reached(cast(Hashable, type(module)))[1]
+
+
+def names(module: nn.Module) -> frozenset[str]:
+    """What the code of a module's class, and what it calls, may name: attributes, globals, keys of dicts. Constructors aside."""
+    return _names(cast(Hashable, type(module)))
 
 
 @cache
-def _places(cls: Hashable) -> tuple[Place, ...]:
+def _names(cls: Hashable) -> frozenset[str]:
+    codes = [code for f in _reached(cls)[1] if f.__name__ != "__init__" for code in _codes(f.__code__)]
+    texts = {constant for code in codes for constant in code.co_consts if isinstance(constant, str)}
+    return frozenset(texts.union(*(code.co_names for code in codes)))
+
+
+@cache
+def _reached(cls: Hashable) -> tuple[tuple[Place, ...], tuple[types.FunctionType, ...]]:
     found: dict[tuple[int, str], Place] = {}
+    followed: dict[types.FunctionType, None] = {}
     for owner in cast(type, cls).__mro__:
         package = owner.__module__.partition(".")[0]
         if package in ("torch", "builtins", "abc", "typing"):
             continue
-        seen: set[types.CodeType] = set()
         for function in _functions(owner):
-            _follow(function, package, seen, found)
+            _follow(function, package, followed, found)
         for name in _plain(owner):
             found[id(owner), name] = Place(owner, name)
-    return tuple(found.values())
+    return tuple(found.values()), tuple(followed)
 
 
 def _functions(owner: type) -> Iterator[types.FunctionType]:
@@ -106,14 +128,14 @@ def _functions(owner: type) -> Iterator[types.FunctionType]:
 
 
 def _follow(
-    function: types.FunctionType, package: str, seen: set[types.CodeType], found: dict[tuple[int, str], Place]
+    function: types.FunctionType, package: str, followed: dict[types.FunctionType, None], found: dict[tuple[int, str], Place]
 ) -> None:
-    """Add the places that a function names, and those of the functions and classes of the same package it names."""
+    """Add a function, the places that it names, and those of the functions and classes of the same package it names."""
+    if function in followed:
+        return
+    followed[function] = None
     space = function.__globals__
     for code in _codes(function.__code__):
-        if code in seen:
-            return
-        seen.add(code)
         for name in code.co_names:
             if name not in space or name.startswith("__"):
                 continue
@@ -123,7 +145,7 @@ def _follow(
                     found.update({(id(value), n): Place(value, n) for n in _plain(value)})
             elif isinstance(value, types.FunctionType):
                 if _near(value, package, space):
-                    _follow(value, package, seen, found)
+                    _follow(value, package, followed, found)
             elif not callable(value) and not isinstance(value, types.ModuleType):
                 found[id(space), name] = Place(space, name)
 

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from moefx import sizes
+from moefx.constants import remembered
 from moefx.errors import Decline
 from moefx.probe import Emulated, plain_einsum
 from moefx.python_state import attributes, changed, picture, places
@@ -181,13 +182,6 @@ class Recorder(TorchFunctionMode):
         self.scope = self.scope[:-1]
 
 
-def _floats(module: nn.Module) -> dict[str, float]:
-    """Plain float attributes of a module: its own, and those of its class."""
-    classes = [cls for cls in reversed(type(module).__mro__) if not cls.__module__.startswith("torch.")]
-    named = {name: v for cls in classes for name, v in vars(cls).items()} | vars(module)
-    return {name: v for name, v in named.items() if type(v) is float}
-
-
 @contextlib.contextmanager
 def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Reports module calls and custom autograd.Functions to the recorder."""
@@ -221,10 +215,6 @@ def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
 
         return call
 
-    floats = [(child, name, v) for child in module.modules() for name, v in _floats(child).items()]
-    of_classes = [(child, name) for child, name, _ in floats if name not in vars(child)]
-    for child, name, v in floats:
-        child.__dict__[name] = sizes.constant(v, recorder.log)
     plain_len, plain_min, plain_max = builtins.len, builtins.min, builtins.max
     function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     builtins.len = size_aware_len  # type: ignore[assignment]
@@ -233,11 +223,6 @@ def _observed(module: nn.Module, recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         builtins.len, builtins.min, builtins.max = plain_len, plain_min, plain_max
-        for child, name, v in floats:
-            if isinstance(child.__dict__.get(name), sizes.Fraction):
-                child.__dict__[name] = v
-        for child, name in of_classes:
-            child.__dict__.pop(name, None)
         function.apply = original  # type: ignore[method-assign]
         for handle in handles:
             handle.remove()
@@ -257,6 +242,7 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wa
     before = {path: _state(child) for path, child in module.named_modules()}
     with (
         _observed(module, recorder),
+        remembered(module, recorder.log),
         torch.enable_grad(),
         plain_einsum(),
         watch or Emulated(),

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -1494,14 +1495,16 @@ def capacity_of(tokens: int, factor: float, experts: int = E, top_k: int = K) ->
 
 @positive("buffers [E, C, D] filled by index, place in the queue by cumsum, overflow dropped", name="padded_capacity")
 @positive("the same, with room to spare", name="padded_capacity_roomy", factor=4.0)
+@positive("the same, the factor in a config that the block holds", name="padded_capacity_config", held=True)
 class PaddedCapacity(StackMoe):
-    def __init__(self, factor: float = 1.0) -> None:
+    def __init__(self, factor: float = 1.0, held: bool = False) -> None:
         super().__init__()
-        self.factor = factor
+        self.config = SimpleNamespace(factor=factor)
+        self.factor = None if held else factor
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, D)
-        capacity = capacity_of(len(tokens), self.factor)
+        capacity = capacity_of(len(tokens), self.config.factor if self.factor is None else self.factor)
         weights, chosen = softmax_top_k(self.router(tokens), K)
         flat = chosen.flatten()
         queue = F.one_hot(flat, E).cumsum(0).gather(1, flat.unsqueeze(1)).squeeze(1) - 1

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 import moefx
 from moefx import api
 from moefx.block import rewritten
+from moefx.errors import InputError
 from moefx.exchange import experts_of
 from moefx.parallel import as_mesh, distribute, expert_parameters, sync_gradients
 from moefx.report import Report
@@ -542,6 +543,13 @@ def restored() -> float:
     ids = batch(dist.get_rank())
     moefx.optimize(model, (ids,), moefx.Options(degree=2, policy="fifo"), mesh=dist.group.WORLD)
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in original.parameters())
+    block, forward = next((m, f) for m in model.modules() if (f := rewritten(m)))
+    variant = next(iter(forward.variants.values()))
+    setting = next(s for s in variant.settings if s.root == "" and type(s.value) is int)  # type: ignore[union-attr]
+    setattr(block, setting.name, setting.value + 1)
+    with pytest.raises(InputError, match=rf"moefx.restore\(model\) first \(self.{setting.name} is"):
+        model(ids)
+    setattr(block, setting.name, setting.value)
     moefx.restore(model)
     assert list(model.state_dict()) == list(original.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values()))

@@ -33,8 +33,6 @@ STYLES = {**POSITIVE, **NEGATIVE}
 # Positives that today's finder declines, with the reason. They may be found one day; they must never be matched wrongly.
 GAPS = {
     "fused_linear": "one Linear for all experts, followed by one per expert",
-    "capacity_per_sequence": "a capacity computed with a float that stands in the code: Python keeps no trace of the size",
-    "dropped_tokens_pass": "the same",
     "batch_prioritised": "dropping by priority: no recorded value equals the gates",
 }
 

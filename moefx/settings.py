@@ -1,0 +1,126 @@
+"""Plain values that a rewritten block was made for, and whether they are still what they were.
+
+A block's code takes numbers, names and flags from attributes, from objects and dicts that its modules hold (a config), from
+globals and classes. A rewritten block has them as constants, so it steps aside when one of them is another.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moefx.python_state import holds_data, names, places
+
+_SCALARS = (int, float, str, type(None))
+_DEPTH = 2  # of objects and dicts inside each other
+_LONGEST = 32  # a list or tuple of plain values
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A plain value and where it stands: `name` of what `steps` lead to from a submodule (its path), a file or a class.
+
+    Of `training`, whether it is that of the block.
+    """
+
+    root: str | types.ModuleType | type
+    steps: tuple[str, ...]
+    name: str
+    value: Any
+
+    def __str__(self) -> str:
+        if isinstance(self.root, str):
+            return ".".join(("self", *filter(None, self.root.split(".")), *self.steps, self.name))
+        return f"{self.root.__qualname__ if isinstance(self.root, type) else self.root.__name__}.{self.name}"
+
+    def same(self, block: nn.Module) -> bool:
+        """Whether it is still the same, in code that Dynamo follows."""
+        holder: Any = block.get_submodule(self.root) if isinstance(self.root, str) else self.root
+        for step in self.steps:
+            holder = holder[step] if type(holder) is dict else getattr(holder, step)
+        if self.name == "training" and not self.steps:
+            return bool((holder.training == block.training) == self.value)
+        now = holder.get(self.name) if type(holder) is dict else getattr(holder, self.name, None)
+        return bool(now == self.value)
+
+
+def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
+    """Those of a block whose submodules `kept` are still called: they are not constants in those."""
+    live = {p: m for p, m in block.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in kept)}
+    named = frozenset().union(*map(names, live.values()))
+    found: list[Setting] = []
+    for path, module in live.items():
+        found.append(Setting(path, (), "training", module.training == block.training))
+        found += _held(path, (), vars(module), named)
+        found += _global(module)
+    return tuple({(s.root, s.steps, s.name): s for s in found}.values())
+
+
+def _held(root: str, steps: tuple[str, ...], space: dict[str, Any], named: frozenset[str]) -> Iterator[Setting]:
+    """Of a module: its own public attributes, and what its code names; of what it holds only the latter."""
+    for name, value in space.items():
+        if not isinstance(name, str) or name not in named and (steps or name.startswith("_")) or name == "training":
+            continue
+        if _plain(value):
+            yield Setting(root, steps, name, list(value) if type(value) is list else value)
+        elif len(steps) < _DEPTH and (type(value) is dict or holds_data(value)):
+            yield from _held(root, (*steps, name), value if type(value) is dict else vars(value), named)
+
+
+def _global(module: nn.Module) -> Iterator[Setting]:
+    """Globals and attributes of classes that a module's code names."""
+    for place in places(module):
+        value = place.get()
+        root = place.owner if isinstance(place.owner, type) else sys.modules.get(place.owner.get("__name__", ""))
+        if _plain(value) and root is not None and vars(root).get(place.name) is value:
+            yield Setting(root, (), place.name, list(value) if type(value) is list else value)
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, _SCALARS) or (
+        type(value) in (list, tuple) and len(value) <= _LONGEST and all(isinstance(v, _SCALARS) for v in value)
+    )
+
+
+class Watch:
+    """The settings of one block, for a look at each call. Raises AttributeError or KeyError where the block was rearranged."""
+
+    def __init__(self, settings: tuple[Setting, ...], block: nn.Module) -> None:
+        self.block = block
+        self.values: list[tuple[Any, str, Any, Setting]] = []
+        self.modes: list[tuple[dict[str, Any], bool, Setting]] = []
+        self.holders: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # on the way to a value: another one has other values
+        for setting in settings:
+            holder: Any = block.get_submodule(setting.root) if isinstance(setting.root, str) else setting.root
+            for step in setting.steps:
+                space = holder if type(holder) is dict else vars(holder)
+                holder = space[step]
+                self.holders[id(space), step] = space, step, holder
+            space = holder if type(holder) is dict else vars(holder)
+            if setting.name == "training" and not setting.steps:
+                self.modes.append((space, setting.value, setting))
+            else:
+                self.values.append((space, setting.name, setting.value, setting))
+
+    def changed(self) -> bool:
+        """Whether one of them is another."""
+        mode = self.block.training
+        return (
+            any(space.get(name) != value for space, name, value, _ in self.values)
+            or any((space["training"] == mode) != value for space, value, _ in self.modes)
+            or any(space.get(name) is not holder for space, name, holder in self.holders.values())
+        )
+
+    def __str__(self) -> str:
+        """What is another now."""
+        mode = self.block.training
+        values = [(setting, space.get(name), value) for space, name, value, setting in self.values]
+        modes = [setting for space, value, setting in self.modes if (space["training"] == mode) != value]
+        holders = [name for space, name, holder in self.holders.values() if space.get(name) is not holder]
+        texts = [f"{setting} is {now!r} and was {value!r}" for setting, now, value in values if now != value]
+        return ", ".join(texts + [f"{m} is another" for m in modes] + [f"{name} is another object" for name in holders])

@@ -1,0 +1,156 @@
+"""Plain values that a rewritten block was made for: where they stand, and that a change of one is noticed."""
+
+import copy
+import logging
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moefx
+from moefx.settings import Setting, Watch, settings_of
+
+GLOBAL = 1.0
+UNREAD_GLOBAL = 1.0
+
+
+class Shared:
+    scale = 1.0
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+        self.slope = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.leaky_relu(self.up(x), self.slope))  # type: ignore[no-any-return]
+
+
+class Moe(nn.Module):
+    of_class = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+        self.scale = self._private = 1.0
+        self.scales = [1.0, 1.0]
+        self.config: Any = SimpleNamespace(scale=1.0, unread=1.0, moe=SimpleNamespace(top_k=2))
+        self.options = {"scale": 1.0, "unread": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 16)
+        gates, chosen = self.router(tokens).softmax(-1).topk(self.config.moe.top_k)
+        out = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            token, slot = (chosen == index).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(tokens[token]) * gates[token, slot, None])
+        scale = self.scale * self._private * self.scales[1] * self.config.scale * self.options["scale"]
+        return (out * (scale * GLOBAL * Shared.scale * self.of_class)).view_as(x)
+
+
+def _replace_config(m: Moe) -> None:
+    m.config = SimpleNamespace(scale=3.0, moe=m.config.moe)
+
+
+HERE = sys.modules[__name__]
+CHANGES: dict[str, Callable[[Moe], None]] = {
+    "self.scale": lambda m: setattr(m, "scale", 3.0),
+    "self._private": lambda m: setattr(m, "_private", 3.0),
+    "self.scales": lambda m: m.scales.__setitem__(1, 3.0),
+    "self.config.scale": lambda m: setattr(m.config, "scale", 3.0),
+    "self.config.moe.top_k": lambda m: setattr(m.config.moe, "top_k", 3),
+    "config is another object": _replace_config,
+    "self.options.scale": lambda m: m.options.update(scale=3.0),
+    "self.experts.2.slope": lambda m: setattr(m.experts[2], "slope", 0.0),
+    "test_settings.GLOBAL": lambda m: setattr(HERE, "GLOBAL", 3.0),
+    "Shared.scale": lambda m: setattr(Shared, "scale", 3.0),
+    "Moe.of_class": lambda m: setattr(Moe, "of_class", 3.0),
+    "self.experts.1.training": lambda m: setattr(m.experts[1], "training", False),
+}
+
+
+@pytest.fixture(autouse=True)
+def _put_back() -> Any:
+    yield
+    HERE.GLOBAL, Shared.scale, Moe.of_class = 1.0, 1.0, 1.0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_is_noticed(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The block then runs its own code, says so once, and comes back with the value."""
+    torch.manual_seed(0)
+    original, x = Moe(), torch.randn(3, 7, 16)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    assert moefx.explain(mine).found
+    before = mine(x)
+    with caplog.at_level(logging.WARNING, "moefx.block"):
+        mine(x)
+        assert not caplog.messages
+        for module in (original, mine):
+            CHANGES[what](module)
+        torch.testing.assert_close(mine(x), original(x))
+        mine(x)
+    (message,) = caplog.messages
+    assert what in message and "runs the original Moe" in message
+    assert "training" in what or not torch.allclose(mine(x), before), "it does change the result"
+
+
+@pytest.mark.parametrize("what", ["self.config.moe.top_k", "self.options.scale", "test_settings.GLOBAL", "Moe.of_class"])
+def test_a_change_is_noticed_by_the_compiled_model(what: str) -> None:
+    """Dynamo guards on each of them."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    original, x = Moe(), torch.randn(3, 7, 16)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    compiled = torch.compile(mine, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), original(x))
+    for module in (original, mine):
+        CHANGES[what](module)
+    torch.testing.assert_close(compiled(x), original(x))
+
+
+def test_what_the_code_does_not_name_may_change(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 16)
+    mine = moefx.optimize(Moe(), (x,))
+    mine.config.unread = mine.options["unread"] = HERE.UNREAD_GLOBAL = 3.0  # type: ignore[index, attr-defined, union-attr]
+    mine(x)
+    assert moefx.explain(mine).found and not caplog.messages
+
+
+def test_a_copy_watches_its_own() -> None:
+    torch.manual_seed(0)
+    original, x = Moe(), torch.randn(3, 7, 16)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    mine(x)
+    twin = copy.deepcopy(mine)
+    original.config.scale = twin.config.scale = 3.0
+    torch.testing.assert_close(twin(x), original(x))
+    torch.testing.assert_close(mine(x) * 3.0, twin(x))
+
+
+def test_what_is_found() -> None:
+    """Not the attributes of submodules that are still called, and nothing that the code does not name of what a module holds."""
+    texts = {str(s) for s in settings_of(Moe(), ("router",))}
+    assert texts.issuperset(set(CHANGES) - {"config is another object"})
+    assert not any("unread" in text.lower() or "router" in text for text in texts)
+
+
+def test_a_setting_on_its_own() -> None:
+    moe = Moe()
+    scale = Setting("", ("config",), "scale", 1.0)
+    assert scale.same(moe) and Watch((scale,), moe).changed() is False
+    moe.config.scale = 2.0
+    assert not scale.same(moe)
+    assert str(Watch((scale,), moe)) == "self.config.scale is 2.0 and was 1.0"
+    with pytest.raises(KeyError):
+        Watch((Setting("", ("gone",), "scale", 1.0),), moe)
+    with pytest.raises(AttributeError):
+        Watch((Setting("gone", (), "scale", 1.0),), moe)
