@@ -545,7 +545,7 @@ def restored() -> float:
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in original.parameters())
     block, forward = next((m, f) for m in model.modules() if (f := rewritten(m)))
     variant = next(iter(forward.variants.values()))
-    setting = next(s for s in variant.settings if s.root == "" and type(s.value) is int)  # type: ignore[union-attr]
+    setting = next(s for s in variant.settings if s.root == "" and type(s.value) in (int, float))  # type: ignore[union-attr]
     setattr(block, setting.name, setting.value + 1)
     with pytest.raises(InputError, match=rf"moefx.restore\(model\) first \(self.{setting.name} is"):
         model(ids)
