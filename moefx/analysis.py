@@ -26,7 +26,7 @@ from moefx.passes._lift import Lifter
 from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
 from moefx.passes.capture import capture
 from moefx.routing import Hypothesis
-from moefx.settings import settings_of
+from moefx.settings import dtypes_of, modes_of, settings_of
 from moefx.trace import Trace, Value, precision
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,8 @@ def _realise(
         compiled.region, hypothesis.routing.alone(), compiled, rewrite.forward, rewrite.structure, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
         tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph, example.features,
-        _order_matters(hypothesis.trace),
+        _order_matters(hypothesis.trace), dtypes_of(module, rewrite.kept, example.args, example.kwargs),
+        modes_of(module, rewrite.kept),
     )  # fmt: skip
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)

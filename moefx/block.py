@@ -25,7 +25,7 @@ from moefx.errors import Decline
 from moefx.ir import Region
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
-from moefx.settings import Setting, Watch
+from moefx.settings import Setting, Watch, dtypes, mode_on
 from moefx.structure import Structure
 
 MAX_VARIANTS = 8  # ways of calling one block that are analysed
@@ -65,6 +65,8 @@ class Variant:
     graph: Any = None  # fx.Graph of `forward`
     features: int = -1  # see `probe.Example`
     ordered: bool = False  # what it draws at random, or changes in place, makes the order of its operations matter
+    dtypes: tuple[torch.dtype, ...] = ()  # it was made for; nothing where its code names none
+    modes: tuple[str, ...] = ()  # of torch, that its code asks for: it was made without
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The rewritten forward on normalised arguments (see `probe.bind`)."""
@@ -275,7 +277,7 @@ class RewrittenForward(OwnForward):
             )
         if isinstance(variant, Decline) or self._hooked(variant):
             return self.original(*args, **kwargs)
-        if change := self._change(variant):
+        if change := self._change(variant) or self._unlike(variant, flat_args, flat_kwargs):
             if not self.stale:  # once: it may come back, or change in every step
                 kind = type(self.module).__name__
                 log.warning("moefx runs the original %s while it is not what it was rewritten for: %s", kind, change)
@@ -308,7 +310,7 @@ class RewrittenForward(OwnForward):
         key = call_key(self.module, flat_args, flat_kwargs)
         for known, variant in self.variants.items():
             if known == key and isinstance(variant, Variant):
-                if self._as_analysed(variant) and not self._hooked(variant):
+                if self._as_analysed(variant) and not self._unlike(variant, flat_args, flat_kwargs) and not self._hooked(variant):
                     try:
                         return variant.run(self.module, flat_args, flat_kwargs)
                     except variant.skip:
@@ -347,6 +349,14 @@ class RewrittenForward(OwnForward):
             except (AttributeError, KeyError) as error:
                 return f"it was rearranged ({error})"
         return str(watch) if watch.changed() else ""
+
+    def _unlike(self, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What this call has that its code may branch on, and the analysis had not; nothing where there is none."""
+        if variant.modes and (mode := mode_on(variant.modes)):
+            return f"its code asks for {mode}, which it was rewritten without"
+        if variant.dtypes and (now := dtypes(self.module, args, kwargs)) != variant.dtypes:
+            return f"its code names dtypes, and was rewritten for {list(variant.dtypes)}; now there are {list(now)}"
+        return ""
 
     def _hooked(self, variant: Variant) -> bool:
         """Hooks on submodules whose work the region took over: only the original can honour them."""

@@ -1,24 +1,32 @@
 """Plain values that a rewritten block was made for, and whether they are still what they were.
 
 A block's code takes numbers, names and flags from attributes, from objects and dicts that its modules hold (a config), from
-globals and classes. A rewritten block has them as constants, so it steps aside when one of them is another.
+globals and classes. A rewritten block has them as constants, so it steps aside when one of them is another; and so it does in
+other modes of torch, and for other dtypes, where the code names those: a branch on them is not seen by a probe in float64.
 """
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from moefx.python_state import holds_data, names, places
 
 _SCALARS = (int, float, str, type(None))
 _DEPTH = 2  # of objects and dicts inside each other
 _LONGEST = 32  # a list or tuple of plain values
+_DTYPES = frozenset(("float16", "bfloat16", "half", "finfo"))  # names in code that may branch on them
+_MODES: dict[str, Callable[[], bool]] = {  # by the name in code that may branch on them; off in every analysis
+    "is_inference_mode_enabled": torch.is_inference_mode_enabled,
+    "is_autocast_enabled": lambda: torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,17 @@ class Setting:
 
 def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
     """Those of a block whose submodules `kept` are still called: they are not constants in those."""
-    live = {p: m for p, m in block.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in kept)}
-    named = frozenset().union(*map(names, live.values()))
+    named = named_by(block, kept)
     found: list[Setting] = []
-    for path, module in live.items():
+    for path, module in _live(block, kept).items():
         found.append(Setting(path, (), "training", module.training == block.training))
         found += _held(path, (), vars(module), named)
         found += _global(module)
     return tuple({(s.root, s.steps, s.name): s for s in found}.values())
+
+
+def _live(block: nn.Module, kept: tuple[str, ...]) -> dict[str, nn.Module]:
+    return {p: m for p, m in block.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in kept)}
 
 
 def _held(root: str, steps: tuple[str, ...], space: dict[str, Any], named: frozenset[str]) -> Iterator[Setting]:
@@ -85,6 +96,33 @@ def _plain(value: Any) -> bool:
     return isinstance(value, _SCALARS) or (
         type(value) in (list, tuple) and len(value) <= _LONGEST and all(isinstance(v, _SCALARS) for v in value)
     )
+
+
+def named_by(block: nn.Module, kept: tuple[str, ...]) -> frozenset[str]:
+    """What the code of a block names that is not still called."""
+    return frozenset().union(*(names(m) for m in _live(block, kept).values()))
+
+
+def modes_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[str, ...]:
+    """The modes of torch that the code of a block asks for."""
+    named = named_by(block, kept)
+    return tuple(mode for mode in _MODES if mode in named)
+
+
+def mode_on(modes: tuple[str, ...]) -> str:
+    """One of these modes of torch that is on; nothing where none is."""
+    return next((mode for mode in modes if _MODES[mode]()), "")
+
+
+def dtypes_of(block: nn.Module, kept: tuple[str, ...], args: Any, kwargs: Any) -> tuple[torch.dtype, ...]:
+    """Those of a call and of its weights, where the code of a block may branch on them; nothing where it does not."""
+    return dtypes(block, args, kwargs) if _DTYPES & named_by(block, kept) else ()
+
+
+def dtypes(block: nn.Module, args: Any, kwargs: Any) -> tuple[torch.dtype, ...]:
+    """Of the floats among the arguments, and of the first parameter."""
+    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    return tuple(t.dtype for t in (*given, next(block.parameters())) if t.is_floating_point())
 
 
 class Watch:

@@ -29,6 +29,12 @@ from moefx.trace import Call, ModuleCall, Trace, Value, rebuild, values_in
 
 SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
+UNSEEN = (
+    "the block uses a tensor that no torch function made (of a global, a list or the like), of which changes are not seen: "
+    "make it a buffer"
+)
+OF_FLOAT64 = {getattr(torch.finfo(torch.float64), name): name for name in ("min", "max", "eps", "tiny")}  # in a probe's dtype
+
 
 class GuardFailed(Exception):
     """The rewritten block met sizes for which its Python code would have branched differently."""
@@ -122,7 +128,7 @@ class _Builder:
             for needed in (self.h.x, *self.h.routing.values):
                 self._live(needed)
         elif v.origin == "unseen":
-            raise Decline("the block uses a tensor that no torch function made (a global, or a compiled helper)")
+            raise Decline(UNSEEN)
         elif v.origin == "param" and v.path in self.experts:
             raise Decline(f"something besides the combined output still needs the experts' parameter {v.path}")
         elif v.storage == self.cut.storage and v.version >= self.cut.version > v.object.version:
@@ -191,7 +197,15 @@ class _Builder:
         for v in (x for x in self.trace.result[0] if not isinstance(x, Value)):
             if not isinstance(v, SIMPLE):
                 raise Decline(f"the block returns a {type(v).__name__}, whose tensors cannot be followed")
+        self._check_unseen()
         self._check_branches()
+
+    def _check_unseen(self) -> None:
+        """Tensors that the block holds where nobody sees a change of them may not have gone into the region as numbers."""
+        inside = [range(m.start, m.stop) for m in self.modules]
+        for call in self.trace.calls:
+            if any(v.origin == "unseen" and not v.tainted for v in call.reads()) and not any(call.index in r for r in inside):
+                raise Decline(UNSEEN, location=call.location)
 
     def _check_branches(self) -> None:
         """Python may look at values only to steer the experts: at what descends from the router, not at the tokens."""
@@ -327,6 +341,9 @@ class _Builder:
             return self._expression(self.truncated[x])
         if x is torch.float64:
             return self._model("dtype")
+        if type(x) is float and x in OF_FLOAT64:
+            limits = self.graph.call_function(torch.finfo, (self._model("dtype"),))
+            return self.graph.call_function(getattr, (limits, OF_FLOAT64[x]))
         if isinstance(x, torch.device) or x == "cpu" and isinstance(x, str):
             return self._model("device")
         if isinstance(x, Tensor):

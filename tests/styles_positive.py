@@ -1573,6 +1573,21 @@ class DroppedTokensPass(ListMoe):
         return out * probs.max(-1, keepdim=True).values
 
 
+@positive("experts that a group does not allow, by the smallest number of the scores' dtype")
+class SmallestNumber(ListMoe):
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, D)
+        scores = self.router(tokens)
+        best = scores.view(-1, 2, E // 2).amax(-1).argmax(-1, keepdim=True)  # the group of a token
+        other = torch.arange(E) // (E // 2) != best
+        gates, chosen = scores.masked_fill(other, torch.finfo(scores.dtype).min).softmax(-1).topk(K)
+        out = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            token, slot = (chosen == index).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(tokens[token]) * gates[token, slot, None])
+        return out.view_as(x)
+
+
 @positive("a capacity of 24 tokens that ordinary inputs do not reach", expect="found_or_declined")
 class UnreachedCapacity(ListMoe):
     def forward(self, x: Tensor) -> Tensor:

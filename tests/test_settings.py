@@ -143,6 +143,130 @@ def test_what_is_found() -> None:
     assert not any("unread" in text.lower() or "router" in text for text in texts)
 
 
+# ------------------------------------------------------------------------------------------------ what is not a plain value
+
+
+HELD = torch.tensor(2.0)
+
+
+def _closing(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda out: out * factor
+
+
+CLOSED = _closing(HELD)
+
+
+class Holding(Moe):
+    """A tensor that is no buffer scales the result: a region could take it for a number."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.options["tensor"], self.config.tensor, self.listed = HELD.clone(), HELD.clone(), [HELD.clone()]  # type: ignore[assignment]
+        self.attribute = HELD.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.kind == "surrounding function":
+            return CLOSED(out)
+        kinds: dict[str, Callable[[], Any]] = {
+            "global": lambda: HELD,
+            "dict": lambda: self.options["tensor"],
+            "object": lambda: self.config.tensor,
+            "list": lambda: self.listed[0],
+            "attribute": lambda: self.attribute,
+        }
+        return out * kinds[self.kind]()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["global", "dict", "object", "list", "surrounding function"])
+def test_a_tensor_that_is_no_buffer_is_no_number(kind: str) -> None:
+    torch.manual_seed(0)
+    report = moefx.explain(moefx.optimize(Holding(kind), (torch.randn(3, 7, 16),)))
+    (declined,) = report.declined
+    assert not report.found and "make it a buffer" in declined.reason
+
+
+def test_an_attribute_that_is_a_tensor_is_read_in_each_call() -> None:
+    torch.manual_seed(0)
+    original, x = Holding("attribute"), torch.randn(3, 7, 16)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    assert moefx.explain(mine).found
+    for module in (original, mine):
+        module.attribute.fill_(5.0)
+    torch.testing.assert_close(mine(x), original(x))
+
+
+class Branching(Moe):
+    """As code that clamps in one dtype alone, or does something else in a mode of torch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.kind == "dtype" and x.dtype == torch.bfloat16:
+            out = out * 3
+        if self.kind == "inference" and torch.is_inference_mode_enabled():
+            out = out * 3
+        if self.kind == "autocast" and torch.is_autocast_enabled("cpu"):
+            out = out * 3
+        return out
+
+
+def _in_bfloat16(module: nn.Module, x: Tensor) -> Tensor:
+    return module.bfloat16()(x.bfloat16()).float()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def _in_inference_mode(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)  # type: ignore[no-any-return]
+
+
+def _in_autocast(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(x)  # type: ignore[no-any-return]
+
+
+BRANCHES = {"dtype": _in_bfloat16, "inference": _in_inference_mode, "autocast": _in_autocast}
+
+
+class Casting(Branching):
+    """One that runs in autocast: the sum is in the dtype of what it adds up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 16)
+        gates, chosen = self.router(tokens).softmax(-1).topk(2)
+        out = sum(
+            expert(tokens) * (gates * (chosen == i)).sum(-1, keepdim=True).to(tokens.dtype) for i, expert in enumerate(self.experts)
+        )
+        return (out * 3 if torch.is_autocast_enabled("cpu") else out).view_as(x)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("compiles", [False, True])
+def test_code_that_may_branch_on_more_than_values(kind: str, compiles: bool, caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    original, x = (Casting if kind == "autocast" else Branching)(kind), torch.randn(3, 7, 16)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    assert moefx.explain(mine).found
+    call = torch.compile(mine, backend="aot_eager") if compiles else mine
+    torch.testing.assert_close(call(x), original(x))
+    said = lambda: [m for m in caplog.messages if m.startswith("moefx")]  # noqa: E731
+    assert not said()
+    expected, actual = BRANCHES[kind](original, x), BRANCHES[kind](mine, x)
+    if compiles:
+        actual = _in_bfloat16_compiled(call, x) if kind == "dtype" else BRANCHES[kind](call, x)  # type: ignore[arg-type]
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+    assert len(said()) == 1 and "its code" in said()[0]
+
+
+def _in_bfloat16_compiled(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return call(x.bfloat16()).float()
+
+
 def test_a_setting_on_its_own() -> None:
     moe = Moe()
     scale = Setting("", ("config",), "scale", 1.0)
