@@ -275,9 +275,9 @@ class RewrittenForward(OwnForward):
             log.warning(
                 "moefx keeps the original %s for this way of calling it: %s", type(self.module).__name__, variant
             )
-        if isinstance(variant, Decline) or self._hooked(variant):
+        if isinstance(variant, Decline):
             return self.original(*args, **kwargs)
-        if change := self._change(variant) or self._unlike(variant, flat_args, flat_kwargs):
+        if change := self._change(variant) or self._unlike(variant, flat_args, flat_kwargs) or self._hooked(variant):
             if not self.stale:  # once: it may come back, or change in every step
                 kind = type(self.module).__name__
                 log.warning("moefx runs the original %s while it is not what it was rewritten for: %s", kind, change)
@@ -343,10 +343,10 @@ class RewrittenForward(OwnForward):
         """Which plain values that the block takes from somewhere (a scale, a top_k, the mode of a submodule) are not those of the
         analysis; nothing where all are."""
         watch = self.watched.get(id(variant))
-        if watch is None:
+        if watch is None or watch.moved():
             try:
                 watch = self.watched[id(variant)] = Watch(variant.settings, self.module)
-            except (AttributeError, KeyError) as error:
+            except (KeyError, TypeError) as error:
                 return f"it was rearranged ({error})"
         return str(watch) if watch.changed() else ""
 
@@ -358,18 +358,20 @@ class RewrittenForward(OwnForward):
             return f"its code names dtypes, and was rewritten for {list(variant.dtypes)}; now there are {list(now)}"
         return ""
 
-    def _hooked(self, variant: Variant) -> bool:
-        """Hooks on submodules whose work the region took over: only the original can honour them."""
+    def _hooked(self, variant: Variant) -> str:
+        """A submodule whose work the region took over, and that only the original can honour: with hooks, or another one."""
         for path, kind in variant.types:
             try:
                 child = self.module.get_submodule(path)
             except AttributeError:
-                return True  # the user rearranged the block
-            if type(child) is not kind or foreign_forward(child):
-                return True
+                return f"{path} is gone"
+            if type(child) is not kind:
+                return f"{path} is a {type(child).__name__} and was a {kind.__name__}"
+            if foreign_forward(child):
+                return f"{path} has a forward of its own"
             if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-                return True
-        return False
+                return f"{path} has hooks"
+        return ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = super().__deepcopy__(memo)

@@ -68,8 +68,7 @@ class ShardedForward(RewrittenForward):
         variant = self.variant_for(flat_args, flat_kwargs)
         if isinstance(variant, Decline):
             raise InputError(f"{self._name()}: {variant}")
-        hooked = "its submodules have hooks, or forwards of their own" if self._hooked(variant) else ""
-        change = self._change(variant) or self._unlike(variant, flat_args, flat_kwargs) or hooked
+        change = self._change(variant) or self._unlike(variant, flat_args, flat_kwargs) or self._hooked(variant)
         if change:
             advice = "was changed after its experts were spread over ranks: moefx.restore(model) first"
             raise InputError(f"{self._name()} {advice} ({change})")

@@ -7,6 +7,7 @@ other modes of torch, and for other dtypes, where the code names those: a branch
 
 from __future__ import annotations
 
+import enum
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from torch.utils import _pytree as pytree
 
 from moefx.python_state import holds_data, names, places
 
-_SCALARS = (int, float, str, type(None))
+_SCALARS = (
+    int, float, str, type(None), enum.Enum, torch.dtype, torch.device, types.FunctionType, types.BuiltinFunctionType, type,
+)  # fmt: skip
 _DEPTH = 2  # of objects and dicts inside each other
 _LONGEST = 32  # a list or tuple of plain values
 _DTYPES = frozenset(("float16", "bfloat16", "half", "finfo"))  # names in code that may branch on them
@@ -54,7 +57,7 @@ class Setting:
         if self.name == "training" and not self.steps:
             return bool((holder.training == block.training) == self.value)
         now = holder.get(self.name) if type(holder) is dict else getattr(holder, self.name, None)
-        return bool(now == self.value)
+        return now is self.value or bool(now == self.value)
 
 
 def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
@@ -65,6 +68,9 @@ def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
         found.append(Setting(path, (), "training", module.training == block.training))
         found += _held(path, (), vars(module), named)
         found += _global(module)
+        owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        if not owner.__module__.startswith("torch."):
+            found.append(Setting(owner, (), "forward", vars(owner)["forward"]))  # which libraries patch
     return tuple({(s.root, s.steps, s.name): s for s in found}.values())
 
 
@@ -126,32 +132,38 @@ def dtypes(block: nn.Module, args: Any, kwargs: Any) -> tuple[torch.dtype, ...]:
 
 
 class Watch:
-    """The settings of one block, for a look at each call. Raises AttributeError or KeyError where the block was rearranged."""
+    """The settings of one block, for a look at each call. Raises KeyError or TypeError where the block was rearranged."""
 
     def __init__(self, settings: tuple[Setting, ...], block: nn.Module) -> None:
         self.block = block
         self.values: list[tuple[Any, str, Any, Setting]] = []
         self.modes: list[tuple[dict[str, Any], bool, Setting]] = []
-        self.holders: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # on the way to a value: another one has other values
+        self.way: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # the modules and objects that lead to values
         for setting in settings:
-            holder: Any = block.get_submodule(setting.root) if isinstance(setting.root, str) else setting.root
+            holder: Any = block if isinstance(setting.root, str) else setting.root
+            for name in filter(None, setting.root.split(".")) if isinstance(setting.root, str) else ():
+                holder = self._step(holder._modules, name)
             for step in setting.steps:
-                space = holder if type(holder) is dict else vars(holder)
-                holder = space[step]
-                self.holders[id(space), step] = space, step, holder
+                holder = self._step(holder if type(holder) is dict else vars(holder), step)
             space = holder if type(holder) is dict else vars(holder)
             if setting.name == "training" and not setting.steps:
                 self.modes.append((space, setting.value, setting))
             else:
                 self.values.append((space, setting.name, setting.value, setting))
 
+    def _step(self, space: dict[str, Any], name: str) -> Any:
+        self.way[id(space), name] = space, name, space[name]
+        return space[name]
+
+    def moved(self) -> bool:
+        """Whether another module or object stands where one was: then this one looks at what is not in use any more."""
+        return any(space.get(name) is not holder for space, name, holder in self.way.values())
+
     def changed(self) -> bool:
-        """Whether one of them is another."""
+        """Whether one of the values is another."""
         mode = self.block.training
-        return (
-            any(space.get(name) != value for space, name, value, _ in self.values)
-            or any((space["training"] == mode) != value for space, value, _ in self.modes)
-            or any(space.get(name) is not holder for space, name, holder in self.holders.values())
+        return any(space.get(name) != value for space, name, value, _ in self.values) or any(
+            (space["training"] == mode) != value for space, value, _ in self.modes
         )
 
     def __str__(self) -> str:
@@ -159,6 +171,5 @@ class Watch:
         mode = self.block.training
         values = [(setting, space.get(name), value) for space, name, value, setting in self.values]
         modes = [setting for space, value, setting in self.modes if (space["training"] == mode) != value]
-        holders = [name for space, name, holder in self.holders.values() if space.get(name) is not holder]
         texts = [f"{setting} is {now!r} and was {value!r}" for setting, now, value in values if now != value]
-        return ", ".join(texts + [f"{m} is another" for m in modes] + [f"{name} is another object" for name in holders])
+        return ", ".join(texts + [f"{setting} is another" for setting in modes])

@@ -27,9 +27,13 @@ class Expert(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
         self.slope = 0.5
+        self.act = nn.functional.leaky_relu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(nn.functional.leaky_relu(self.up(x), self.slope))  # type: ignore[no-any-return]
+        return self.down(self.act(self.up(x), self.slope))  # type: ignore[no-any-return]
+
+
+PLAIN_FORWARD = Expert.forward
 
 
 class Moe(nn.Module):
@@ -59,6 +63,16 @@ def _replace_config(m: Moe) -> None:
     m.config = SimpleNamespace(scale=3.0, moe=m.config.moe)
 
 
+def _replace_expert(m: Moe) -> None:
+    expert = copy.deepcopy(m.experts[3])
+    expert.slope = 0.0  # type: ignore[assignment]
+    m.experts[3] = expert
+
+
+def _patch(m: Moe) -> None:
+    Expert.forward = lambda self, x: 3.0 * PLAIN_FORWARD(self, x)  # type: ignore[method-assign]
+
+
 HERE = sys.modules[__name__]
 CHANGES: dict[str, Callable[[Moe], None]] = {
     "self.scale": lambda m: setattr(m, "scale", 3.0),
@@ -66,7 +80,10 @@ CHANGES: dict[str, Callable[[Moe], None]] = {
     "self.scales": lambda m: m.scales.__setitem__(1, 3.0),
     "self.config.scale": lambda m: setattr(m.config, "scale", 3.0),
     "self.config.moe.top_k": lambda m: setattr(m.config.moe, "top_k", 3),
-    "config is another object": _replace_config,
+    "self.config.scale is 3.0": _replace_config,
+    "self.experts.3.slope": _replace_expert,
+    "self.experts.0.act": lambda m: setattr(m.experts[0], "act", nn.functional.elu),
+    "Expert.forward": _patch,
     "self.options.scale": lambda m: m.options.update(scale=3.0),
     "self.experts.2.slope": lambda m: setattr(m.experts[2], "slope", 0.0),
     "test_settings.GLOBAL": lambda m: setattr(HERE, "GLOBAL", 3.0),
@@ -80,6 +97,7 @@ CHANGES: dict[str, Callable[[Moe], None]] = {
 def _put_back() -> Any:
     yield
     HERE.GLOBAL, Shared.scale, Moe.of_class = 1.0, 1.0, 1.0  # type: ignore[attr-defined]
+    Expert.forward = PLAIN_FORWARD  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -102,7 +120,10 @@ def test_a_change_is_noticed(what: str, caplog: pytest.LogCaptureFixture) -> Non
     assert "training" in what or not torch.allclose(mine(x), before), "it does change the result"
 
 
-@pytest.mark.parametrize("what", ["self.config.moe.top_k", "self.options.scale", "test_settings.GLOBAL", "Moe.of_class"])
+GUARDED = ("self.config.moe.top_k", "self.options.scale", "test_settings.GLOBAL", "Moe.of_class", "self.experts.0.act")
+
+
+@pytest.mark.parametrize("what", GUARDED)
 def test_a_change_is_noticed_by_the_compiled_model(what: str) -> None:
     """Dynamo guards on each of them."""
     torch._dynamo.reset()
@@ -114,6 +135,29 @@ def test_a_change_is_noticed_by_the_compiled_model(what: str) -> None:
     for module in (original, mine):
         CHANGES[what](module)
     torch.testing.assert_close(compiled(x), original(x))
+
+
+def test_what_is_as_good_may_take_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    original, x = Moe(), torch.randn(3, 7, 16)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    mine(x)
+    for module in (original, mine):
+        torch.manual_seed(1)
+        module.config, module.experts[1] = copy.deepcopy(module.config), Expert()
+    torch.testing.assert_close(mine(x), original(x))
+    assert not caplog.messages
+    mine.config.scale = original.config.scale = 3.0  # which is now looked at
+    torch.testing.assert_close(mine(x), original(x))
+
+
+def test_hooks_are_said_too(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 16)
+    mine = moefx.optimize(Moe(), (x,))
+    mine.experts[1].register_forward_hook(lambda m, a, out: None)  # type: ignore[union-attr]
+    mine(x)
+    assert "experts.1 has hooks" in caplog.text
 
 
 def test_what_the_code_does_not_name_may_change(caplog: pytest.LogCaptureFixture) -> None:
@@ -139,7 +183,7 @@ def test_a_copy_watches_its_own() -> None:
 def test_what_is_found() -> None:
     """Not the attributes of submodules that are still called, and nothing that the code does not name of what a module holds."""
     texts = {str(s) for s in settings_of(Moe(), ("router",))}
-    assert texts.issuperset(set(CHANGES) - {"config is another object"})
+    assert texts.issuperset(set(CHANGES) - {"self.config.scale is 3.0"})
     assert not any("unread" in text.lower() or "router" in text for text in texts)
 
 
@@ -276,5 +320,5 @@ def test_a_setting_on_its_own() -> None:
     assert str(Watch((scale,), moe)) == "self.config.scale is 2.0 and was 1.0"
     with pytest.raises(KeyError):
         Watch((Setting("", ("gone",), "scale", 1.0),), moe)
-    with pytest.raises(AttributeError):
-        Watch((Setting("gone", (), "scale", 1.0),), moe)
+    with pytest.raises(KeyError):
+        Watch((Setting("experts.gone", (), "scale", 1.0),), moe)
