@@ -25,6 +25,7 @@ _SCALARS = (
 )  # fmt: skip
 _DEPTH = 2  # of objects and dicts inside each other
 _LONGEST = 32  # a list or tuple of plain values
+_OF_TENSORS = frozenset(dir(Tensor))  # code that names `dtype` or `shape` mostly means a tensor's, not a config's
 _DTYPES = frozenset(("float16", "bfloat16", "half", "finfo"))  # names in code that may branch on them
 _MODES: dict[str, Callable[[], bool]] = {  # by the name in code that may branch on them; off in every analysis
     "is_inference_mode_enabled": torch.is_inference_mode_enabled,
@@ -81,7 +82,8 @@ def _live(block: nn.Module, kept: tuple[str, ...]) -> dict[str, nn.Module]:
 def _held(root: str, steps: tuple[str, ...], space: dict[str, Any], named: frozenset[str]) -> Iterator[Setting]:
     """Of a module: its own public attributes, and what its code names; of what it holds only the latter."""
     for name, value in space.items():
-        if not isinstance(name, str) or name not in named and (steps or name.startswith("_")) or name == "training":
+        wanted = name in named and not (steps and name in _OF_TENSORS) or not steps and not str(name).startswith("_")
+        if not isinstance(name, str) or not wanted or name == "training":
             continue
         if _plain(value):
             yield Setting(root, steps, name, list(value) if type(value) is list else value)

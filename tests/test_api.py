@@ -439,6 +439,27 @@ def test_save_pretrained(tmp_path: Any) -> None:
     assert relative(loaded(**inputs).logits, original(**inputs).logits) <= CLOSE
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_what_transformers_changes_by_itself(family: str, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks stay rewritten: saving writes the dtype into the config, training turns its cache off."""
+    tiny, _, mine = hf_pair(family)
+    inputs = tiny.inputs(2, 7)
+    checkpointing = getattr(mine, "activation_checkpointing_enable", mine.gradient_checkpointing_enable)  # the newer name, the older
+    changes: list[Callable[[], Any]] = [
+        lambda: mine.save_pretrained(tmp_path),
+        checkpointing,
+        lambda: setattr(mine.config, "use_cache", False),
+        lambda: mine.generate(inputs["input_ids"], max_new_tokens=2, do_sample=False),
+        mine.double,
+        mine.eval,
+        mine.train,
+    ]
+    for change in changes:
+        change()
+        mine(**inputs)
+    assert not [m for m in caplog.messages if m.startswith("moefx")]
+
+
 @pytest.mark.parametrize("make", [small_lm], ids=["mixtral"])
 def test_training_runs_alike(make: Callable[[], nn.Module]) -> None:
     """Ten steps with clipping and weight decay: one curve."""
