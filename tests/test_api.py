@@ -444,7 +444,7 @@ def test_what_transformers_changes_by_itself(family: str, tmp_path: Any, caplog:
     """Blocks stay rewritten: saving writes the dtype into the config, training turns its cache off."""
     tiny, _, mine = hf_pair(family)
     inputs = tiny.inputs(2, 7)
-    checkpointing = getattr(mine, "activation_checkpointing_enable", mine.gradient_checkpointing_enable)  # the newer name, the older
+    checkpointing = getattr(mine, "activation_checkpointing_enable", mine.gradient_checkpointing_enable)  # as older releases say
     changes: list[Callable[[], Any]] = [
         lambda: mine.save_pretrained(tmp_path),
         checkpointing,
