@@ -282,8 +282,13 @@ def compare_on_device(
             ) from error
         held = {n: None if g is None else _aside(g) for n, g in expected.gradients.items()}
         expected = verify.Outcome(expected.outputs, held)
-        with selection.paying():
-            actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
+        try:
+            with selection.paying():
+                actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
+        except Decline:
+            raise
+        except Exception as error:
+            raise Decline(f"the rewritten block fails on {where}: {type(error).__name__}: {str(error)[:160]}") from error
         outputs = [v for v in expected.outputs if isinstance(v, Tensor)]
         low = precision([torch.zeros((), dtype=d) for d in (dtype, variant.lowest)] + outputs)
         worst = max(worst, *verify.compare(expected, actual, verify.ON_DEVICE[low], where, overflows=True).values())

@@ -493,8 +493,11 @@ def _check_device(module: nn.Module, variant: Variant, example: probe.Example, g
     rounds = gradient_rounds(module) if gradients else []
     with probe.state_kept(module):
         if gradients:
-            with paying():
-                variant.precompile(module, args, kwargs, rounds)
+            try:
+                with paying():
+                    variant.precompile(module, args, kwargs, rounds)
+            except Exception:
+                log.debug("kernels are not made ready; what keeps them from it is said by the run that follows", exc_info=True)
         return compare_on_device(module, variant, args, kwargs, dtype, rounds)
 
 

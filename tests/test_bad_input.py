@@ -345,6 +345,22 @@ def test_in_place_changes_of_the_input(make: type[nn.Module]) -> None:
     assert not torch.equal(a, tokens(4))
 
 
+class HalfTheSmallest(ListBlock):
+    """A number that a probe in float64 gets, and that float32 has no room for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(min=torch.finfo(x.dtype).min / 2)
+
+
+def test_a_number_of_the_probes_dtype() -> None:
+    torch.manual_seed(0)
+    model = HalfTheSmallest()
+    expected = model(tokens())
+    (declined,) = moefx.explain(moefx.optimize(model, (tokens(),))).declined
+    assert "the rewritten block fails on its own weights (torch.float32, cpu): RuntimeError" in declined.reason
+    torch.testing.assert_close(model(tokens()), expected, rtol=0, atol=0)
+
+
 def test_the_example_is_not_changed() -> None:
     """Not even by a block that writes into its input: the user's tensor is the user's."""
     example = tokens()
