@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from moefx import probe, search, verify
 from moefx.analysis import analyse, compare_on_device, gradient_rounds, runs, runs_on_some
 from moefx.block import (
+    Replicas,
     RewrittenForward,
     SelectingForward,
     Variant,
@@ -54,9 +55,14 @@ def optimize(
     with the original, forward and gradients; `explain(model)` tells what happened, `restore(model)` undoes it.
     mesh: a DeviceMesh of one dimension or a process group, over whose ranks the experts are spread (`moefx.parallel`); every
     rank calls this with the same model, and its own example_inputs.
+    model: also what torch.compile made of one, which then compiles the rewritten blocks in its next call.
     Raises InputError when example_inputs do not fit the model, or ranks differ in model or options.
     """
-    _check_model(model)
+    _optimise(_plain(model), example_inputs, options, mesh)
+    return model
+
+
+def _optimise(model: nn.Module, example_inputs: Any, options: Options | None, mesh: Any) -> None:
     if mesh is not None:
         mesh = _parallel().as_mesh(mesh)
     if options is not None and not isinstance(options, Options):
@@ -68,15 +74,15 @@ def optimize(
             if state["report"].pending and example_inputs is not None:
                 mesh, options = state["mesh"], options or state["options"]
                 restore(model)
-                return optimize(model, example_inputs, options, mesh)
-            return model
+                _optimise(model, example_inputs, options, mesh)
+            return
         restore(model)
     options = options or Options()
     report = Report(pending=example_inputs is None)
     model.__dict__[_STATE] = _State(report=report, options=options, mesh=mesh)
     if example_inputs is None:
         _Waiting.put(model)
-        return model
+        return
     try:
         seen = _run_example(model, example_inputs)
     except Exception:
@@ -85,7 +91,6 @@ def optimize(
     _rewrite(model, seen, options, report, replace=True, wide=mesh is not None)
     if mesh is not None:
         _spread(model, mesh, options, report, seen)
-    return model
 
 
 def _spread(model: nn.Module, mesh: Any, options: Options, report: Report, seen: search.Observation) -> None:
@@ -110,8 +115,7 @@ def explain(model: nn.Module, example_inputs: Any = None, options: Options | Non
     model: also what torch.compile made of it. With backend="moefx" the report has its graphs, once they are compiled.
     Raises InputError when the model is neither optimised nor compiled and no example_inputs are given.
     """
-    _check_model(model)
-    model = getattr(model, "_orig_mod", model)
+    model = _plain(model)
     if options is not None and not isinstance(options, Options):
         raise InputError(f"options must be moefx.Options; got {type(options).__name__}")
     state, graphs = _state(model), graphs_of(model.parameters())
@@ -135,12 +139,12 @@ def restore(model: nn.Module) -> nn.Module:
 
     Experts that were spread over ranks come back to every rank, as new parameters; all ranks call it.
     """
-    _check_model(model)
-    model.__dict__.pop(_STATE, None)
-    waiting = model.__dict__.get("forward")
+    plain = _plain(model)
+    plain.__dict__.pop(_STATE, None)
+    waiting = plain.__dict__.get("forward")
     if isinstance(waiting, _Waiting):
         waiting.stop()
-    for module in model.modules():
+    for module in plain.modules():
         forward = rewritten(module)
         if forward is not None:
             forward.gather()
@@ -163,9 +167,11 @@ def _state(model: nn.Module) -> _State | None:
     return state if isinstance(state, _State) else None
 
 
-def _check_model(model: Any) -> None:
+def _plain(model: Any) -> nn.Module:
+    """The model itself, of what torch.compile made of one."""
     if not isinstance(model, nn.Module):
         raise InputError(f"moefx works on a torch.nn.Module; got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -217,7 +223,7 @@ class _Waiting:
         """Lets the model wait. torch.compile shows real inputs to modules that have the two hooks of torch's lazy modules."""
         waiting = _Waiting(model)
         hooks = {"_initialize_hook": None, "_infer_parameters": _BeforeTracing(waiting)}
-        model.__dict__.update(forward=waiting, **hooks)
+        model.__dict__.update(forward=waiting, _replicate_for_data_parallel=Replicas(model), **hooks)
 
     @torch.compiler.disable(reason="moefx rewrites this model at its first call")  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +266,7 @@ class _Waiting:
 
     def stop(self) -> None:
         """The model has its own forward again."""
-        for name in ("forward", "_initialize_hook", "_infer_parameters"):
+        for name in ("forward", "_initialize_hook", "_infer_parameters", "_replicate_for_data_parallel"):
             self.model.__dict__.pop(name, None)
         if self.previous is not None:
             self.model.__dict__["forward"] = self.previous
@@ -296,7 +302,7 @@ def _rewrite(
     model: nn.Module, seen: search.Observation, options: Options, report: Report, replace: bool, wide: bool = False
 ) -> None:
     """Tries every candidate, deepest first; equal structures share one analysis. wide: see `_Search.wider`."""
-    with probe.neutral():
+    with probe.neutral(), probe.eagerly():
         _Search(model, seen, options, report).run(replace, wide)
 
 

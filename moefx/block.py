@@ -391,19 +391,52 @@ def rewritten(module: nn.Module) -> RewrittenForward | None:
 
 
 def foreign_forward(module: nn.Module) -> bool:
-    """Whether somebody else put a forward on this instance."""
+    """Whether somebody else put a forward on this instance. What torch.compile made of a module has one, and runs the module's."""
     own = module.__dict__.get("forward")
+    if hasattr(module, "_orig_mod"):
+        return False
     return not (
         own is None or isinstance(own, OwnForward) or getattr(own, "__func__", None) is type(module).forward
     )
 
 
+class Replicas:
+    """At `module._replicate_for_data_parallel`, which torch.nn.DataParallel calls: what stands at `module.forward` is for the
+    parameters of this module, and would be the replicas', too. They run the module's own code."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.said = module, False
+
+    def __call__(self) -> nn.Module:
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)
+        del replica.__dict__["_replicate_for_data_parallel"]
+        forward = replica.__dict__.pop("forward")
+        if forward.previous is not None:
+            replica.__dict__["forward"] = forward.previous
+        if not self.said:
+            kind = type(self.module).__name__
+            log.warning("moefx leaves replicas of torch.nn.DataParallel as they are (%s): DistributedDataParallel has none", kind)
+        self.said = True
+        return replica
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        return Replicas(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> Any:
+        return (_original_replicas, (self.module,))
+
+
+def _original_replicas(module: nn.Module) -> Any:
+    return types.MethodType(type(module)._replicate_for_data_parallel, module)
+
+
 def install(module: nn.Module, forward: OwnForward) -> None:
-    module.__dict__["forward"] = forward
+    module.__dict__.update(forward=forward, _replicate_for_data_parallel=Replicas(module))
 
 
 def uninstall(module: nn.Module) -> bool:
     """Gives a module its own forward back; False if it had it."""
+    module.__dict__.pop("_replicate_for_data_parallel", None)
     forward = own = module.__dict__.get("forward")
     if not isinstance(forward, OwnForward):
         if getattr(own, "__func__", None) is type(module).forward:  # what a pickled rewriting turned into

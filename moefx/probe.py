@@ -160,6 +160,18 @@ def own_cores() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Inside, what the user has compiled runs as it is written."""
+    try:
+        stance = torch.compiler.set_stance("force_eager")
+    except RuntimeError:  # while Dynamo traces, and compiled code does not run
+        yield
+        return
+    with stance:
+        yield
+
+
+@contextlib.contextmanager
 def neutral() -> Iterator[None]:
     """Analysis runs outside of the caller's inference_mode, no_grad and autocast, on some of the cores (`own_cores`)."""
     with torch.inference_mode(False), torch.enable_grad(), own_cores(), contextlib.ExitStack() as stack:

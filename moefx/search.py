@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from moefx.ops import topk_serves
-from moefx.probe import Example, bind
+from moefx.probe import Example, bind, eagerly
 
 # what routers do and hardly anything else; and what routers and much else do
 STRONG = frozenset("topk argmax argmin sort argsort nonzero one_hot multinomial kthvalue msort bincount".split())
@@ -100,7 +100,7 @@ def observe(model: nn.Module, inside: bool = False) -> Iterator[Observation]:
             module.register_forward_hook(lambda m, a, out: stack.pop() and None if stack else None, always_call=True)
         )
     try:
-        with _Selections(seen, stack):
+        with eagerly(), _Selections(seen, stack):
             yield seen
     finally:
         for handle in handles:

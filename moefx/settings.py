@@ -76,7 +76,9 @@ def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
 
 
 def _live(block: nn.Module, kept: tuple[str, ...]) -> dict[str, nn.Module]:
-    return {p: m for p, m in block.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in kept)}
+    """Those that are not still called. What torch.compile made of a module has nothing of its own."""
+    modules = ((p, m) for p, m in block.named_modules() if not hasattr(m, "_orig_mod"))
+    return {p: m for p, m in modules if not any(p == k or p.startswith(f"{k}.") for k in kept)}
 
 
 def _held(root: str, steps: tuple[str, ...], space: dict[str, Any], named: frozenset[str]) -> Iterator[Setting]:
