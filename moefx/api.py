@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -332,6 +333,9 @@ class _Search:
             if rewritten(self.modules[name]) is not None:
                 done.append(name)
                 continue
+            if reason := self.spread(name):
+                self.report.declined.append(DeclinedBlock(name, reason))
+                continue
             first, forward, variant = self.attempt(name)
             if isinstance(variant, Decline):
                 if first == name:
@@ -362,6 +366,16 @@ class _Search:
                 install(module, SelectingForward(module, self.options.kernels, choice.scores))
                 note = f"torch.topk of {choice.module} runs as moefx::topk on a GPU, where that pays"
                 self.report.found[place] = dataclasses.replace(found, notes=(*found.notes, note))
+
+    def spread(self, name: str) -> str:
+        """Whether somebody else has spread a module's parameters over ranks: they come and go, or are no plain tensors."""
+        around = [m for n, m in self.modules.items() if n in ("", name) or name.startswith(f"{n}.") or n.startswith(f"{name}.")]
+        fsdp, tensors = (sys.modules.get(f"torch.distributed.{part}") for part in ("fsdp", "tensor"))
+        if fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in around):
+            return "its parameters are spread over ranks by fully_shard: optimise the model before that"
+        if tensors is not None and any(isinstance(p, tensors.DTensor) for p in self.modules[name].parameters()):
+            return "its parameters are DTensors: optimise the model before its parameters are spread over ranks"
+        return ""
 
     def attempt(self, name: str) -> tuple[str, RewrittenForward, Variant | Decline]:
         """The analysis of a candidate, and the name of the first one of its structure."""

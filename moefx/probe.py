@@ -195,7 +195,7 @@ def state_kept(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         for child, before in attributes.items():
-            for name in [n for n in vars(child) if n not in before and not n.endswith("_hooks")]:
+            for name in [n for n in vars(child) if n not in before and _put_back(n)]:
                 del child.__dict__[name]
             for name, (value, content) in before.items():
                 child.__dict__[name] = value
@@ -214,8 +214,14 @@ def _shallow(state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {
         n: (v, copy.copy(v) if type(v) in (list, set, dict) else None)
         for n, v in state.items()
-        if not n.endswith("_hooks")
+        if _put_back(n)
     }
+
+
+def _put_back(name: str) -> bool:
+    """Which attributes of a module are. Parameters come and go by themselves where they are spread over ranks (`fully_shard`):
+    what does that would not know."""
+    return not name.endswith("_hooks") and name != "_parameters"
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Models that others have wrapped: torch.compile, and the replicas of torch.nn.DataParallel."""
+"""Models that others have wrapped: torch.compile, replicas of torch.nn.DataParallel, parameters spread over ranks."""
 
 import copy
 import pickle
@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from test_block import BUILDERS, CLOSE, ListBlock, relative, tokens
 from torch import Tensor, fx, nn
 
@@ -113,3 +115,54 @@ def test_copies_and_restored_models_make_plain_replicas() -> None:
         torch.testing.assert_close(replica_of(module, 1.0)(tokens()), model(tokens()))
     moefx.restore(model)
     assert set(vars(model.block)) == before
+
+
+# ------------------------------------------------------------------------------------------------ parameters spread over ranks
+
+
+def spread_by_others(builder: str, how: str) -> tuple[int, str, float]:
+    """Blocks found, why not, and how far the mean gradient over the ranks is from that of the model as it was."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    original = Model(BUILDERS[builder]())
+    mine: Any = copy.deepcopy(original)
+    x = tokens(seed=10 + dist.get_rank())
+    if how != "fully_shard, then optimize":
+        moefx.optimize(mine, (tokens(),))
+    if how == "optimize, then fully_shard of the block":
+        fully_shard(mine.block)
+    if "fully_shard" in how:
+        fully_shard(mine)
+    if how == "fully_shard, then optimize":
+        moefx.optimize(mine, (tokens(),))
+    report = moefx.explain(mine)
+    call = DistributedDataParallel(mine) if "DistributedDataParallel" in how else mine
+    for _ in range(2):
+        original.zero_grad()
+        mine.zero_grad()
+        call(x).square().sum().backward()
+        original(x).square().sum().backward()
+    worst = 0.0
+    for p, own in zip(original.parameters(), mine.parameters()):
+        dist.all_reduce(p.grad)
+        full = own.grad.full_tensor() if hasattr(own.grad, "full_tensor") else own.grad
+        worst = max(worst, relative(full, p.grad / dist.get_world_size()))  # type: ignore[operator]
+    return len(report.found), " ".join(d.reason for d in report.declined), worst
+
+
+@pytest.mark.parametrize("builder", ["list", "stacked"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "optimize, then DistributedDataParallel",
+        "optimize, then fully_shard",
+        "optimize, then fully_shard of the block",
+        "fully_shard, then optimize",
+    ],
+)
+def test_parameters_that_others_spread_over_ranks(builder: str, how: str) -> None:
+    for found, declined, worst in run_ranks(2, spread_by_others, builder, how):
+        assert worst <= 1e-5
+        assert (found == 0) == (how == "fully_shard, then optimize") == ("optimise the model before that" in declined)
