@@ -166,7 +166,7 @@ class Watch:
     def changed(self) -> bool:
         """Whether one of the values is another."""
         mode = self.block.training
-        return any(space.get(name) != value for space, name, value, _ in self.values) or any(
+        return any((now := space.get(name)) is not value and now != value for space, name, value, _ in self.values) or any(
             (space["training"] == mode) != value for space, value, _ in self.modes
         )
 
@@ -175,5 +175,5 @@ class Watch:
         mode = self.block.training
         values = [(setting, space.get(name), value) for space, name, value, setting in self.values]
         modes = [setting for space, value, setting in self.modes if (space["training"] == mode) != value]
-        texts = [f"{setting} is {now!r} and was {value!r}" for setting, now, value in values if now != value]
+        texts = [f"{setting} is {now!r} and was {value!r}" for setting, now, value in values if now is not value and now != value]
         return ", ".join(texts + [f"{setting} is another" for setting in modes])

@@ -151,6 +151,17 @@ def test_what_is_as_good_may_take_its_place(caplog: pytest.LogCaptureFixture) ->
     torch.testing.assert_close(mine(x), original(x))
 
 
+def test_what_is_not_a_number_is_the_same() -> None:
+    """NaN differs from itself, but not here."""
+    moe = Moe()
+    moe.scale, moe.scales = float("nan"), [float("nan"), 1.0]
+    watch = Watch(settings_of(moe, ()), moe)
+    assert not watch.changed() and str(watch) == ""
+    assert all(setting.same(moe) for setting in settings_of(moe, ()))
+    moe.scale = 1.0
+    assert watch.changed() and str(watch) == "self.scale is 1.0 and was nan"
+
+
 def test_hooks_are_said_too(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 7, 16)
