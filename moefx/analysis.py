@@ -259,6 +259,11 @@ def gradient_rounds(module: nn.Module) -> list[list[str]]:
     return [[n] for n in large] + [[n for n in sizes if n not in large]]
 
 
+def own_weights(module: nn.Module, dtype: torch.dtype) -> str:
+    """What a comparison runs on, for messages."""
+    return f"its own weights ({dtype}, {next(module.parameters()).device.type})"
+
+
 def compare_on_device(
     module: nn.Module,
     variant: Variant,
@@ -268,8 +273,7 @@ def compare_on_device(
     rounds: list[list[str]],
 ) -> float:
     """Relative error on the block's own weights. rounds: see `gradient_rounds`; empty: no gradients."""
-    device = next(module.parameters()).device
-    where = f"its own weights ({dtype}, {device.type})"
+    device, where = next(module.parameters()).device, own_weights(module, dtype)
     gradients = bool(rounds)
     worst = 0.0
     for wanted in rounds or [[]]:
@@ -282,13 +286,8 @@ def compare_on_device(
             ) from error
         held = {n: None if g is None else _aside(g) for n, g in expected.gradients.items()}
         expected = verify.Outcome(expected.outputs, held)
-        try:
-            with selection.paying():
-                actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
-        except Decline:
-            raise
-        except Exception as error:
-            raise Decline(f"the rewritten block fails on {where}: {type(error).__name__}: {str(error)[:160]}") from error
+        with verify.no_failure(where), selection.paying():
+            actual = verify.run_once(lambda a, k: variant.run(module, a, k), module, args, kwargs, gradients, wanted)
         outputs = [v for v in expected.outputs if isinstance(v, Tensor)]
         low = precision([torch.zeros((), dtype=d) for d in (dtype, variant.lowest)] + outputs)
         worst = max(worst, *verify.compare(expected, actual, verify.ON_DEVICE[low], where, overflows=True).values())

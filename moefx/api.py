@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from moefx import probe, search, verify
-from moefx.analysis import analyse, compare_on_device, gradient_rounds, runs, runs_on_some
+from moefx.analysis import analyse, compare_on_device, gradient_rounds, own_weights, runs, runs_on_some
 from moefx.block import (
     Replicas,
     RewrittenForward,
@@ -513,11 +513,8 @@ def _check_device(module: nn.Module, variant: Variant, example: probe.Example, g
     rounds = gradient_rounds(module) if gradients else []
     with probe.state_kept(module):
         if gradients:
-            try:
-                with paying():
-                    variant.precompile(module, args, kwargs, rounds)
-            except Exception:
-                log.debug("kernels are not made ready; what keeps them from it is said by the run that follows", exc_info=True)
+            with verify.no_failure(own_weights(module, dtype)), paying():
+                variant.precompile(module, args, kwargs, rounds)
         return compare_on_device(module, variant, args, kwargs, dtype, rounds)
 
 

@@ -8,7 +8,6 @@ runs the original, and the report says why.
 from __future__ import annotations
 
 import copy
-import enum
 import inspect
 import logging
 import types
@@ -23,23 +22,13 @@ from torch.utils import _pytree as pytree
 from moefx import region_op
 from moefx.errors import Decline
 from moefx.ir import Region
+from moefx.python_state import PLAIN
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
 from moefx.settings import Setting, Watch, dtypes, mode_on
 from moefx.structure import Structure
 
 MAX_VARIANTS = 8  # ways of calling one block that are analysed
-PLAIN = (
-    int,
-    float,
-    str,
-    bool,
-    type(None),
-    torch.dtype,
-    torch.device,
-    enum.Enum,
-)  # arguments that a variant is made for
-
 log = logging.getLogger(__name__)
 
 

@@ -16,9 +16,7 @@ from typing import Any
 from torch import nn
 
 from moefx import sizes
-from moefx.python_state import functions, holds_data, places
-
-_DEPTH = 2  # of objects and dicts inside each other
+from moefx.python_state import HELD_DEPTH, functions, has_namespace, namespace, places
 
 
 @contextlib.contextmanager
@@ -40,14 +38,14 @@ def remembered(module: nn.Module, log: sizes.Log) -> Iterator[None]:
         yield
 
 
-def _spaces(holder: Any, seen: set[int], depth: int = _DEPTH) -> Iterator[dict[str, Any]]:
+def _spaces(holder: Any, seen: set[int], depth: int = HELD_DEPTH) -> Iterator[dict[str, Any]]:
     """The namespace of an object, or a dict, and of what it holds."""
-    space = holder if type(holder) is dict else vars(holder)
+    space = namespace(holder)
     if id(space) not in seen:
         seen.add(id(space))
         yield space
         for value in list(space.values()) if depth else ():
-            if type(value) is dict or holds_data(value):
+            if has_namespace(value):
                 yield from _spaces(value, seen, depth - 1)
 
 

@@ -7,15 +7,19 @@ pictures of them from before and after.
 from __future__ import annotations
 
 import copy
+import enum
 import logging
 import types
 from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 _HIDDEN = ("_moefx", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, enum.Enum)  # values that say all by themselves
+HELD_DEPTH = 2  # of objects and dicts inside each other, from what a module holds
 _DEPTH = 3  # of containers and objects inside each other that a picture follows
 # Libraries whose functions are followed within one file only: their caches and registries are not the block's doing.
 _LIBRARIES = ("torch", "transformers")
@@ -39,6 +43,16 @@ def holds_data(value: Any) -> bool:
     """Whether it is an object with attributes that are looked at: a config, say."""
     opaque = isinstance(value, (Tensor, nn.Module, types.ModuleType, logging.Logger)) or callable(value)
     return hasattr(value, "__dict__") and not opaque
+
+
+def has_namespace(value: Any) -> bool:
+    """Whether it is a dict, or an object that holds data."""
+    return type(value) is dict or holds_data(value)
+
+
+def namespace(holder: Any) -> dict[str, Any]:
+    """A dict itself, the attributes of anything else."""
+    return holder if type(holder) is dict else vars(holder)
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,6 @@ other modes of torch, and for other dtypes, where the code names those: a branch
 
 from __future__ import annotations
 
-import enum
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -18,12 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moefx.python_state import holds_data, names, places
+from moefx.python_state import HELD_DEPTH, PLAIN, has_namespace, names, namespace, places
 
-_SCALARS = (
-    int, float, str, type(None), enum.Enum, torch.dtype, torch.device, types.FunctionType, types.BuiltinFunctionType, type,
-)  # fmt: skip
-_DEPTH = 2  # of objects and dicts inside each other
+_SCALARS = (*PLAIN, types.FunctionType, types.BuiltinFunctionType, type)
 _LONGEST = 32  # a list or tuple of plain values
 _OF_TENSORS = frozenset(dir(Tensor))  # code that names `dtype` or `shape` mostly means a tensor's, not a config's
 _DTYPES = frozenset(("float16", "bfloat16", "half", "finfo"))  # names in code that may branch on them
@@ -89,8 +85,8 @@ def _held(root: str, steps: tuple[str, ...], space: dict[str, Any], named: froze
             continue
         if _plain(value):
             yield Setting(root, steps, name, list(value) if type(value) is list else value)
-        elif len(steps) < _DEPTH and (type(value) is dict or holds_data(value)):
-            yield from _held(root, (*steps, name), value if type(value) is dict else vars(value), named)
+        elif len(steps) < HELD_DEPTH and has_namespace(value):
+            yield from _held(root, (*steps, name), namespace(value), named)
 
 
 def _global(module: nn.Module) -> Iterator[Setting]:
@@ -148,8 +144,8 @@ class Watch:
             for name in filter(None, setting.root.split(".")) if isinstance(setting.root, str) else ():
                 holder = self._step(holder._modules, name)
             for step in setting.steps:
-                holder = self._step(holder if type(holder) is dict else vars(holder), step)
-            space = holder if type(holder) is dict else vars(holder)
+                holder = self._step(namespace(holder), step)
+            space = namespace(holder)
             if setting.name == "training" and not setting.steps:
                 self.modes.append((space, setting.value, setting))
             else:

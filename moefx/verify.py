@@ -89,7 +89,7 @@ def verify(
         except Exception as error:
             if fixed and case.token_shape != example.token_sizes:
                 continue
-            raise Decline(f"the rewritten block fails on {case}: {type(error).__name__}: {str(error)[:160]}") from error
+            raise failure(str(case), error) from error
         errors = compare(expected, actual, TOLERANCE[lowest], str(case))
         worst = {k: max(worst[k], errors[k]) for k in worst}
         compared += 1
@@ -102,6 +102,22 @@ def verify(
 class Outcome:
     outputs: list[Any]
     gradients: dict[str, Tensor | None]
+
+
+def failure(where: str, error: Exception) -> Decline:
+    """What keeps a block as it is when its rewritten form raises."""
+    return Decline(f"the rewritten block fails on {where}: {type(error).__name__}: {str(error)[:160]}")
+
+
+@contextlib.contextmanager
+def no_failure(where: str) -> Iterator[None]:
+    """Raises Decline where what is done inside raises something else."""
+    try:
+        yield
+    except Decline:
+        raise
+    except Exception as error:
+        raise failure(where, error) from error
 
 
 def run_once(

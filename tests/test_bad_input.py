@@ -361,6 +361,17 @@ def test_a_number_of_the_probes_dtype() -> None:
     torch.testing.assert_close(model(tokens()), expected, rtol=0, atol=0)
 
 
+def test_kernels_that_cannot_be_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for another number of rows would fail in some later call, so that the run which follows says nothing of it."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("moefx.block.Variant.precompile", fails)
+    (declined,) = moefx.explain(moefx.optimize(ListBlock(), (tokens(),))).declined
+    assert "its own weights (torch.float32, cpu): RuntimeError: no such instruction" in declined.reason
+
+
 def test_the_example_is_not_changed() -> None:
     """Not even by a block that writes into its input: the user's tensor is the user's."""
     example = tokens()
