@@ -118,7 +118,7 @@ def _names(cls: Hashable) -> frozenset[str]:
 @cache
 def _reached(cls: Hashable) -> tuple[tuple[Place, ...], tuple[types.FunctionType, ...]]:
     found: dict[tuple[int, str], Place] = {}
-    followed: dict[types.FunctionType, None] = {}
+    followed: dict[tuple[str, types.FunctionType], None] = {}  # by the package that they were followed in
     for owner in cast(type, cls).__mro__:
         package = owner.__module__.partition(".")[0]
         if package in ("torch", "builtins", "abc", "typing"):
@@ -127,7 +127,7 @@ def _reached(cls: Hashable) -> tuple[tuple[Place, ...], tuple[types.FunctionType
             _follow(function, package, followed, found)
         for name in _plain(owner):
             found[id(owner), name] = Place(owner, name)
-    return tuple(found.values()), tuple(followed)
+    return tuple(found.values()), tuple(dict.fromkeys(function for _, function in followed))
 
 
 def _functions(owner: type) -> Iterator[types.FunctionType]:
@@ -142,12 +142,15 @@ def _functions(owner: type) -> Iterator[types.FunctionType]:
 
 
 def _follow(
-    function: types.FunctionType, package: str, followed: dict[types.FunctionType, None], found: dict[tuple[int, str], Place]
+    function: types.FunctionType,
+    package: str,
+    followed: dict[tuple[str, types.FunctionType], None],
+    found: dict[tuple[int, str], Place],
 ) -> None:
     """Add a function, the places that it names, and those of the functions and classes of the same package it names."""
-    if function in followed:
+    if (package, function) in followed:
         return
-    followed[function] = None
+    followed[package, function] = None
     space = function.__globals__
     for code in _codes(function.__code__):
         for name in code.co_names:
