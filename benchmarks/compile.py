@@ -71,6 +71,7 @@ ROWS = {  # the one that compiles longest comes last
     BOUND: Row("none", compile={}),
     DENSE: Row("dense", compile={}),
     "hf grouped_mm, compile max-autotune": Row("grouped_mm", compile={"mode": "max-autotune-no-cudagraphs"}),
+    "backend moefx max-autotune": Row("grouped_mm", compile={"backend": "moefx", "mode": "max-autotune-no-cudagraphs"}),
 }
 
 
