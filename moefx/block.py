@@ -25,8 +25,9 @@ from moefx.ir import Region
 from moefx.python_state import PLAIN
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
-from moefx.settings import Setting, Watch, dtypes, mode_on
+from moefx.settings import Setting, dtypes, mode_on
 from moefx.structure import Structure
+from moefx.watch import Watch
 
 MAX_VARIANTS = 8  # ways of calling one block that are analysed
 log = logging.getLogger(__name__)
@@ -57,9 +58,13 @@ class Variant:
     dtypes: tuple[torch.dtype, ...] = ()  # it was made for; nothing where its code names none
     modes: tuple[str, ...] = ()  # of torch, that its code asks for: it was made without
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The rewritten forward on normalised arguments (see `probe.bind`)."""
-        return self._run(module, Moe(self, module), args, kwargs)
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Watch | None = None) -> Any:
+        """The rewritten forward on normalised arguments (see `probe.bind`). watch: of this module, which has not moved."""
+        return self._run(module, Moe(self, module, watch), args, kwargs)
+
+    def watch(self, module: nn.Module) -> Watch:
+        """Whether a module still is what this was made for. Raises as `Watch` does."""
+        return Watch(self.settings, module, self.types, self.compiled.binder.names)
 
     def precompile(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: list[list[str]]
@@ -81,8 +86,8 @@ class Variant:
 class Moe:
     """The `moe` of a canonical block: its routed part, bound to the block's parameters as they are now."""
 
-    def __init__(self, variant: Variant, module: nn.Module) -> None:
-        self.variant, self.module = variant, module
+    def __init__(self, variant: Variant, module: nn.Module, watch: Watch | None = None) -> None:
+        self.variant, self.module, self.watch = variant, module, watch
 
     def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """x [..., D], router values as recorded -> routed output [..., d_out]."""
@@ -117,7 +122,10 @@ class Moe:
         slots, weights = region_inputs(self.variant.routing, region.experts, tokens.shape[0], ids, w, keep)
         if weights is None:
             weights = torch.ones(slots.shape, dtype=x.dtype, device=x.device)
-        params = {name: _parameter(self.module, name) for name in self.variant.compiled.binder.names}
+        if self.watch is not None:
+            params = self.watch.parameters()
+        else:
+            params = {name: _parameter(self.module, name) for name in self.variant.compiled.binder.names}
         return tokens, slots, weights, params
 
 
@@ -266,14 +274,14 @@ class RewrittenForward(OwnForward):
             )
         if isinstance(variant, Decline):
             return self.original(*args, **kwargs)
-        if change := self._change(variant) or self._unlike(variant, flat_args, flat_kwargs) or self._hooked(variant):
+        if change := self._change(variant, flat_args, flat_kwargs):
             if not self.stale:  # once: it may come back, or change in every step
                 kind = type(self.module).__name__
                 log.warning("moefx runs the original %s while it is not what it was rewritten for: %s", kind, change)
             self.stale = True
             return self.original(*args, **kwargs)
         try:
-            return variant.run(self.module, flat_args, flat_kwargs)
+            return variant.run(self.module, flat_args, flat_kwargs, self.watched[id(variant)])
         except variant.skip:
             return self.original(*args, **kwargs)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # the original decides
@@ -328,16 +336,18 @@ class RewrittenForward(OwnForward):
                 self.variants[key] = Decline(f"moefx itself failed: {type(error).__name__}: {error}")
         return self.variants[key]
 
-    def _change(self, variant: Variant) -> str:
-        """Which plain values that the block takes from somewhere (a scale, a top_k, the mode of a submodule) are not those of the
-        analysis; nothing where all are."""
+    def _change(self, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What is not as it was in the analysis: a plain value that the block takes from somewhere (a scale, a top_k, the mode of a
+        submodule), what this call has, a submodule. Nothing where all is."""
         watch = self.watched.get(id(variant))
         if watch is None or watch.moved():
             try:
-                watch = self.watched[id(variant)] = Watch(variant.settings, self.module)
+                watch = self.watched[id(variant)] = variant.watch(self.module)
             except (KeyError, TypeError) as error:
                 return f"it was rearranged ({error})"
-        return str(watch) if watch.changed() else ""
+        if watch.changed():
+            return str(watch)
+        return self._unlike(variant, args, kwargs) or ("" if watch.untouched() else self._hooked(variant))
 
     def _unlike(self, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """What this call has that its code may branch on, and the analysis had not; nothing where there is none."""

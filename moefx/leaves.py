@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, repeat
+from operator import attrgetter, is_not
 
 import torch
 from torch import Tensor
 
 from moefx.ir import Leaf, numel
+
+_dtype = attrgetter("dtype")
 
 
 def packed(params: Sequence[Tensor]) -> bool:
@@ -24,11 +27,14 @@ def packed(params: Sequence[Tensor]) -> bool:
     first = params[0]
     step = first.numel() * first.element_size()
     start = first.data_ptr()
-    if any(p.data_ptr() != start + i * step or p.dtype != first.dtype for i, p in enumerate(params)):
+    # At each call, for hundreds of parameters: loops in C.
+    if [*map(Tensor.data_ptr, params)] != [start + i * step for i in range(len(params))]:
+        return False
+    if any(map(is_not, map(_dtype, params), repeat(first.dtype))):
         return False
     # Two storages may happen to be neighbours: the first one must reach to the end.
     room = first.untyped_storage().nbytes() - first.storage_offset() * first.element_size()
-    return room >= step * len(params) and all(p.is_contiguous() for p in params)
+    return room >= step * len(params) and all(map(Tensor.is_contiguous, params))
 
 
 def packable(params: Sequence[Tensor]) -> bool:

@@ -68,11 +68,10 @@ class ShardedForward(RewrittenForward):
         variant = self.variant_for(flat_args, flat_kwargs)
         if isinstance(variant, Decline):
             raise InputError(f"{self._name()}: {variant}")
-        change = self._change(variant) or self._unlike(variant, flat_args, flat_kwargs) or self._hooked(variant)
-        if change:
+        if change := self._change(variant, flat_args, flat_kwargs):
             advice = "was changed after its experts were spread over ranks: moefx.restore(model) first"
             raise InputError(f"{self._name()} {advice} ({change})")
-        return variant.run(self.module, flat_args, flat_kwargs)
+        return variant.run(self.module, flat_args, flat_kwargs, self.watched[id(variant)])
 
     def _name(self) -> str:
         return f"{type(self.module).__name__} with experts on {self.mesh.size()} ranks"

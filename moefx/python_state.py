@@ -10,7 +10,7 @@ import copy
 import enum
 import logging
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from functools import cache
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ _HIDDEN = ("_moefx", "_parameters", "_buffers", "_modules", "_forward_hooks", "_
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, enum.Enum)  # values that say all by themselves
 HELD_DEPTH = 2  # of objects and dicts inside each other, from what a module holds
 _DEPTH = 3  # of containers and objects inside each other that a picture follows
+_NO_FORWARD = ("__init__", "__repr__", "__setstate__", "extra_repr", "reset_parameters")  # no part of a call
 # Libraries whose functions are followed within one file only: their caches and registries are not the block's doing.
 _LIBRARIES = ("torch", "transformers")
 
@@ -110,7 +111,24 @@ def names(module: nn.Module) -> frozenset[str]:
 
 @cache
 def _names(cls: Hashable) -> frozenset[str]:
-    codes = [code for f in _reached(cls)[1] if f.__name__ != "__init__" for code in _codes(f.__code__)]
+    return _named(f for f in _reached(cls)[1] if f.__name__ != "__init__")
+
+
+def names_of_layer(module: nn.Module) -> frozenset[str] | None:
+    """As `names`, of a layer of torch.nn; None for all other classes."""
+    return _names_of_layer(cast(Hashable, type(module)))
+
+
+@cache
+def _names_of_layer(cls: Hashable) -> frozenset[str] | None:
+    owners = [owner for owner in cast(type, cls).__mro__ if owner not in (nn.Module, object)]
+    if not all(owner.__module__.startswith("torch.nn.") for owner in owners):
+        return None
+    return _named(f for owner in owners for f in _functions(owner) if f.__name__ not in _NO_FORWARD)
+
+
+def _named(functions: Iterable[types.FunctionType]) -> frozenset[str]:
+    codes = [code for f in functions for code in _codes(f.__code__)]
     texts = {constant for code in codes for constant in code.co_consts if isinstance(constant, str)}
     return frozenset(texts.union(*(code.co_names for code in codes)))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moefx.python_state import HELD_DEPTH, PLAIN, has_namespace, names, namespace, places
+from moefx.python_state import HELD_DEPTH, PLAIN, has_namespace, names, names_of_layer, namespace, places
 
 _SCALARS = (*PLAIN, types.FunctionType, types.BuiltinFunctionType, type)
 _LONGEST = 32  # a list or tuple of plain values
@@ -62,8 +62,14 @@ def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
     named = named_by(block, kept)
     found: list[Setting] = []
     for path, module in _live(block, kept).items():
-        found.append(Setting(path, (), "training", module.training == block.training))
-        found += _held(path, (), vars(module), named)
+        layer = names_of_layer(module)
+        if layer is None or "training" in layer:
+            found.append(Setting(path, (), "training", module.training == block.training))
+        if layer is None:
+            found += _held(path, (), vars(module), named)
+        else:
+            own = {name: value for name, value in vars(module).items() if name in layer}
+            found += _held(path, (), own, layer)
         found += _global(module)
         owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
         if not owner.__module__.startswith("torch."):
@@ -129,47 +135,3 @@ def dtypes(block: nn.Module, args: Any, kwargs: Any) -> tuple[torch.dtype, ...]:
     """Of the floats among the arguments, and of the first parameter."""
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     return tuple(t.dtype for t in (*given, next(block.parameters())) if t.is_floating_point())
-
-
-class Watch:
-    """The settings of one block, for a look at each call. Raises KeyError or TypeError where the block was rearranged."""
-
-    def __init__(self, settings: tuple[Setting, ...], block: nn.Module) -> None:
-        self.block = block
-        self.values: list[tuple[Any, str, Any, Setting]] = []
-        self.modes: list[tuple[dict[str, Any], bool, Setting]] = []
-        self.way: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # the modules and objects that lead to values
-        for setting in settings:
-            holder: Any = block if isinstance(setting.root, str) else setting.root
-            for name in filter(None, setting.root.split(".")) if isinstance(setting.root, str) else ():
-                holder = self._step(holder._modules, name)
-            for step in setting.steps:
-                holder = self._step(namespace(holder), step)
-            space = namespace(holder)
-            if setting.name == "training" and not setting.steps:
-                self.modes.append((space, setting.value, setting))
-            else:
-                self.values.append((space, setting.name, setting.value, setting))
-
-    def _step(self, space: dict[str, Any], name: str) -> Any:
-        self.way[id(space), name] = space, name, space[name]
-        return space[name]
-
-    def moved(self) -> bool:
-        """Whether another module or object stands where one was: then this one looks at what is not in use any more."""
-        return any(space.get(name) is not holder for space, name, holder in self.way.values())
-
-    def changed(self) -> bool:
-        """Whether one of the values is another."""
-        mode = self.block.training
-        return any((now := space.get(name)) is not value and now != value for space, name, value, _ in self.values) or any(
-            (space["training"] == mode) != value for space, value, _ in self.modes
-        )
-
-    def __str__(self) -> str:
-        """What is another now."""
-        mode = self.block.training
-        values = [(setting, space.get(name), value) for space, name, value, setting in self.values]
-        modes = [setting for space, value, setting in self.modes if (space["training"] == mode) != value]
-        texts = [f"{setting} is {now!r} and was {value!r}" for setting, now, value in values if now is not value and now != value]
-        return ", ".join(texts + [f"{setting} is another" for setting in modes])

@@ -1,0 +1,122 @@
+"""Whether a block still is what its rewriting was made for, asked at each call.
+
+A ModuleList of 128 experts has a thousand values and modules to look at. So they stand in flat lists, and each question is one
+call into C for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import repeat
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from moefx.python_state import namespace
+from moefx.settings import Setting
+
+_get: Any = dict.get
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Watch:
+    """The settings of one block, its submodules `types` (path, class), and where its `parameters` stand.
+
+    Raises KeyError or TypeError where the block was rearranged.
+    """
+
+    def __init__(
+        self,
+        settings: tuple[Setting, ...],
+        block: nn.Module,
+        types: tuple[tuple[str, type], ...] = (),
+        parameters: Iterable[str] = (),
+    ) -> None:
+        self.block, self.settings = block, settings
+        self._way: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}  # the modules and objects that lead to values
+        values: list[tuple[dict[str, Any], Setting]] = []
+        self._of_classes: list[tuple[type, Setting]] = []
+        self._modes: list[tuple[dict[str, Any], Setting]] = []
+        for setting in settings:
+            holder: Any = self._module(setting.root) if isinstance(setting.root, str) else setting.root
+            for step in setting.steps:
+                holder = self._step(namespace(holder), step)
+            if isinstance(holder, type):
+                self._of_classes.append((holder, setting))
+            elif setting.name == "training" and not setting.steps:
+                self._modes.append((namespace(holder), setting))
+            else:
+                values.append((namespace(holder), setting))
+        self._values = values
+        self._spaces, self._names = [space for space, _ in values], [setting.name for _, setting in values]
+        self._expected = [setting.value for _, setting in values]
+        self._mode_spaces = [space for space, _ in self._modes]
+        self._modules = [self._module(path) for path, _ in types]
+        self._module_spaces, self._kinds = [vars(module) for module in self._modules], [kind for _, kind in types]
+        hooks = [(space, name) for space in self._module_spaces for name in _HOOKS]
+        self._hook_spaces, self._hook_names = [space for space, _ in hooks], [name for _, name in hooks]
+        self._parameters = tuple(parameters)
+        places = [self._place(name) for name in self._parameters]
+        self._parameter_spaces, self._parameter_names = [space for space, _ in places], [name for _, name in places]
+        self._way_spaces = [space for space, _, _ in self._way.values()]
+        self._way_names = [name for _, name, _ in self._way.values()]
+        self._holders = [holder for _, _, holder in self._way.values()]
+
+    def _module(self, path: str) -> nn.Module:
+        module = self.block
+        for name in filter(None, path.split(".")):
+            module = self._step(module._modules, name)
+        return module
+
+    def _step(self, space: dict[str, Any], name: str) -> Any:
+        self._way[id(space), name] = space, name, space[name]
+        return space[name]
+
+    def _place(self, name: str) -> tuple[dict[str, Any], str]:
+        path, _, last = name.rpartition(".")
+        owner = self._module(path)
+        return (owner._parameters if last in owner._parameters else owner._buffers), last
+
+    def moved(self) -> bool:
+        """Whether another module or object stands where one was: then this one looks at what is not in use any more."""
+        return not all(map(is_, map(_get, self._way_spaces, self._way_names), self._holders))
+
+    def changed(self) -> bool:
+        """Whether one of the values is another."""
+        try:
+            other = list(map(_get, self._spaces, self._names)) != self._expected
+        except (RuntimeError, ValueError):  # a tensor or an array stands there now, which is not equal or unequal as a whole
+            return True
+        return other or any(_differs(vars(cls).get(s.name), s.value) for cls, s in self._of_classes) or bool(self._other_modes())
+
+    def _other_modes(self) -> list[Setting]:
+        mode = self.block.training
+        now = map(_get, self._mode_spaces, repeat("training"))
+        return [s for mine, (_, s) in zip(now, self._modes) if (mine == mode) != s.value]
+
+    def untouched(self) -> bool:
+        """Whether its submodules are of the same classes and have no hooks and no forward of their own."""
+        return (
+            [*map(type, self._modules)] == self._kinds
+            and not any(map(dict.__contains__, self._module_spaces, repeat("forward")))
+            and not any(map(_get, self._hook_spaces, self._hook_names))
+        )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Those of the block by name (None, with experts spread over ranks, where another one holds it)."""
+        return dict(zip(self._parameters, map(_get, self._parameter_spaces, self._parameter_names)))
+
+    def __str__(self) -> str:
+        """What is another now."""
+        values = [(space.get(setting.name), setting) for space, setting in self._values]
+        values += [(vars(cls).get(setting.name), setting) for cls, setting in self._of_classes]
+        texts = [f"{setting} is {now!r} and was {setting.value!r}" for now, setting in values if _differs(now, setting.value)]
+        return ", ".join(texts + [f"{setting} is another" for setting in self._other_modes()])
+
+
+def _differs(now: Any, value: Any) -> bool:
+    try:
+        return now is not value and bool(now != value)
+    except (RuntimeError, ValueError):  # see `Watch.changed`
+        return True
