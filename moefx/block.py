@@ -12,7 +12,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from moefx.ir import Region
 from moefx.python_state import PLAIN
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
-from moefx.settings import Setting, dtypes, mode_on
+from moefx.settings import Setting, Way, dtypes, mode_on, submodules, ways
 from moefx.structure import Structure
 from moefx.watch import Watch
 
@@ -57,10 +57,24 @@ class Variant:
     ordered: bool = False  # what it draws at random, or changes in place, makes the order of its operations matter
     dtypes: tuple[torch.dtype, ...] = ()  # it was made for; nothing where its code names none
     modes: tuple[str, ...] = ()  # of torch, that its code asks for: it was made without
+    ways: tuple[Way, ...] = field(init=False)  # to the submodules that any of this is about
+    places: tuple[tuple[str, str, str], ...] = field(init=False)  # of its parameters: the name, the submodule, the name there
+
+    def __post_init__(self) -> None:
+        split = [(name, *name.rpartition(".")) for name in self.compiled.binder.names]
+        object.__setattr__(self, "places", tuple((name, path, last) for name, path, _, last in split))
+        roots = [setting.root for setting in self.settings if isinstance(setting.root, str)]
+        taken = [path for path, _ in self.types]
+        object.__setattr__(self, "ways", ways((*roots, *taken, *(path for _, path, _ in self.places))))
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Watch | None = None) -> Any:
         """The rewritten forward on normalised arguments (see `probe.bind`). watch: of this module, which has not moved."""
         return self._run(module, Moe(self, module, watch), args, kwargs)
+
+    def parameters(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """Parameters and buffers by name (None, with experts spread over ranks, where another one holds it)."""
+        places: Any = [(name, modules[path], last) for name, path, last in self.places]
+        return {name: owner._parameters.get(last, owner._buffers.get(last)) for name, owner, last in places}
 
     def watch(self, module: nn.Module) -> Watch:
         """Whether a module still is what this was made for. Raises as `Watch` does."""
@@ -125,7 +139,7 @@ class Moe:
         if self.watch is not None:
             params = self.watch.parameters()
         else:
-            params = {name: _parameter(self.module, name) for name in self.variant.compiled.binder.names}
+            params = self.variant.parameters(submodules(self.module, self.variant.ways))
         return tokens, slots, weights, params
 
 
@@ -139,15 +153,6 @@ class _Ready(Moe):
     def routed(self, x: Tensor, ids: Tensor | None, w: Tensor | None, keep: Tensor | None = None) -> Tensor:
         self.variant.compiled.precompile(*self.inputs(x, ids, w, keep), self.rounds)
         return x.new_zeros(*x.shape[:-1], self.variant.region.d_out)
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    owner: Any = module
-    for part in name.split("."):
-        owner = (
-            owner._modules[part] if part in owner._modules else owner._parameters.get(part, owner._buffers.get(part))
-        )
-    return owner
 
 
 def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -307,19 +312,24 @@ class RewrittenForward(OwnForward):
         key = call_key(self.module, flat_args, flat_kwargs)
         for known, variant in self.variants.items():
             if known == key and isinstance(variant, Variant):
-                if self._as_analysed(variant) and not self._unlike(variant, flat_args, flat_kwargs) and not self._hooked(variant):
-                    try:
-                        return variant.run(self.module, flat_args, flat_kwargs)
-                    except variant.skip:
-                        break
+                if not self._as_analysed(variant) or self._unlike(variant, flat_args, flat_kwargs):
+                    break
+                try:
+                    return variant.run(self.module, flat_args, flat_kwargs)
+                except variant.skip:
+                    break
         return self.original(*args, **kwargs)
 
     def _as_analysed(self, variant: Variant) -> bool:
         """No `_change`, without its memory: nothing that is stored while Dynamo traces."""
-        for setting in variant.settings:
-            if not setting.same(self.module):
-                return False
-        return True
+        try:
+            modules = submodules(self.module, variant.ways)
+            for setting in variant.settings:
+                if not setting.same(modules):
+                    return False
+        except KeyError:
+            return False
+        return not self._hooked(variant, modules)
 
     def variant_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant | Decline:
         """The variant for this way of calling, analysed now if it is new."""
@@ -347,7 +357,9 @@ class RewrittenForward(OwnForward):
                 return f"it was rearranged ({error})"
         if watch.changed():
             return str(watch)
-        return self._unlike(variant, args, kwargs) or ("" if watch.untouched() else self._hooked(variant))
+        if change := self._unlike(variant, args, kwargs):
+            return change
+        return "" if watch.untouched() else self._hooked(variant, submodules(self.module, variant.ways))
 
     def _unlike(self, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """What this call has that its code may branch on, and the analysis had not; nothing where there is none."""
@@ -357,16 +369,13 @@ class RewrittenForward(OwnForward):
             return f"its code names dtypes, and was rewritten for {list(variant.dtypes)}; now there are {list(now)}"
         return ""
 
-    def _hooked(self, variant: Variant) -> str:
+    def _hooked(self, variant: Variant, modules: dict[str, nn.Module]) -> str:
         """A submodule whose work the region took over, and that only the original can honour: with hooks, or another one."""
         for path, kind in variant.types:
-            try:
-                child = self.module.get_submodule(path)
-            except AttributeError:
-                return f"{path} is gone"
+            child = modules[path]
             if type(child) is not kind:
                 return f"{path} is a {type(child).__name__} and was a {kind.__name__}"
-            if foreign_forward(child):
+            if "forward" in child.__dict__ and foreign_forward(child):
                 return f"{path} has a forward of its own"
             if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
                 return f"{path} has hooks"
@@ -392,11 +401,9 @@ def rewritten(module: nn.Module) -> RewrittenForward | None:
 def foreign_forward(module: nn.Module) -> bool:
     """Whether somebody else put a forward on this instance. What torch.compile made of a module has one, and runs the module's."""
     own = module.__dict__.get("forward")
-    if hasattr(module, "_orig_mod"):
+    if own is None or isinstance(own, OwnForward) or hasattr(module, "_orig_mod"):
         return False
-    return not (
-        own is None or isinstance(own, OwnForward) or getattr(own, "__func__", None) is type(module).forward
-    )
+    return getattr(own, "__func__", None) is not type(module).forward
 
 
 class Replicas:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +46,37 @@ class Setting:
             return ".".join(("self", *filter(None, self.root.split(".")), *self.steps, self.name))
         return f"{self.root.__qualname__ if isinstance(self.root, type) else self.root.__name__}.{self.name}"
 
-    def same(self, block: nn.Module) -> bool:
-        """Whether it is still the same, in code that Dynamo follows."""
-        holder: Any = block.get_submodule(self.root) if isinstance(self.root, str) else self.root
+    def same(self, modules: dict[str, nn.Module]) -> bool:
+        """Whether it is still the same, in code that Dynamo follows. modules: those of the block by path."""
+        holder: Any = modules[self.root] if isinstance(self.root, str) else self.root
         for step in self.steps:
             holder = holder[step] if type(holder) is dict else getattr(holder, step)
         if self.name == "training" and not self.steps:
-            return bool((holder.training == block.training) == self.value)
+            return bool((holder.training == modules[""].training) == self.value)
         now = holder.get(self.name) if type(holder) is dict else getattr(holder, self.name, None)
         return now is self.value or bool(now == self.value)
+
+
+Way = tuple[str, str, str]  # a submodule's path, that of the module that holds it, its name there
+
+
+def ways(paths: Iterable[str]) -> tuple[Way, ...]:
+    """To these submodules of a block and to all that hold them, those first: what `submodules` follows."""
+    found: dict[str, Way] = {}
+    for path in paths:
+        parts = path.split(".") if path else []
+        for end in range(1, len(parts) + 1):
+            here, above = ".".join(parts[:end]), ".".join(parts[: end - 1])
+            found.setdefault(here, (here, above, parts[end - 1]))
+    return tuple(found.values())
+
+
+def submodules(block: nn.Module, along: tuple[Way, ...]) -> dict[str, nn.Module]:
+    """The submodules by path, each looked up once and without calls: Dynamo traces this. Raises KeyError."""
+    found: dict[str, Any] = {"": block}
+    for path, above, name in along:
+        found[path] = found[above]._modules[name]
+    return found
 
 
 def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
