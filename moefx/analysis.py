@@ -21,6 +21,7 @@ from moefx.block import Variant
 from moefx.build import compile_region
 from moefx.errors import Decline
 from moefx.options import Options
+from moefx.parametrized import class_of
 from moefx.passes import find
 from moefx.passes._lift import Lifter
 from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
@@ -163,7 +164,7 @@ def _realise(
     variant = Variant(
         compiled.region, hypothesis.routing.alone(), compiled, rewrite.forward, rewrite.structure, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
-        tuple((path, type(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph, example.features,
+        tuple((path, class_of(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph, example.features,
         _order_matters(hypothesis.trace), dtypes_of(module, rewrite.kept, example.args, example.kwargs),
         modes_of(module, rewrite.kept),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from moefx import probe, search, verify
+from moefx import parametrized, probe, search, verify
 from moefx.analysis import analyse, compare_on_device, gradient_rounds, own_weights, runs, runs_on_some
 from moefx.block import (
     Replicas,
@@ -421,8 +421,9 @@ class Analyser:
         """A probe copy of `module`, in the mode that the module is in."""
         twin = self._kept or self._copy(module, example)
         self._kept = twin if self._keeps else None
-        for own, copied in zip(module.modules(), twin.modules()):
-            copied.training = own.training
+        own = dict(module.named_modules())
+        for name, copied in twin.named_modules():
+            copied.training = own[name].training
         return twin
 
     def _copy(self, module: nn.Module, example: probe.Example) -> nn.Module:
@@ -453,6 +454,7 @@ def _try(
         if foreign_forward(child):
             return Decline(f"{name or 'the block'} has a forward of its own on the instance: what it does is not known")
     try:
+        parametrized.check(module)
         variant = forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
         if isinstance(variant, Decline):
             return variant

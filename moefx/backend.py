@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from moefx import known, probe, region_op, search
 from moefx.compiled import CompiledRegion
@@ -400,10 +401,20 @@ def _analyse(
         with probe.neutral():
             return Analysis(gm, part, params, seen, options, autocast).found()
     except Decline as reason:
+        if any(_computes_parameter(n) for n in part.nodes):
+            return Decline(
+                "parameters are computed in the graph (torch.nn.utils.parametrize), which is followed in modules only: "
+                "torch.compile(moefx.optimize(model))", f"{reason}", reason.location
+            )  # fmt: skip
         return reason.alone()
     except Exception as error:
         log.exception("moefx failed on %s", part.name or "the graph")
         return Decline(f"moefx itself failed on this part, please report it: {type(error).__name__}: {error}")
+
+
+def _computes_parameter(node: fx.Node) -> bool:
+    scopes = node.meta.get("nn_module_stack", {}).values()
+    return any(isinstance(entry, tuple) and entry[1] is ParametrizationList for entry in scopes)
 
 
 def _specialise(part: Part) -> None:

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from moefx import region_op
 from moefx.errors import Decline
 from moefx.ir import Region
+from moefx.parametrized import class_of, value
 from moefx.python_state import PLAIN
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
@@ -74,7 +76,8 @@ class Variant:
     def parameters(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
         """Parameters and buffers by name (None, with experts spread over ranks, where another one holds it)."""
         places: Any = [(name, modules[path], last) for name, path, last in self.places]
-        return {name: owner._parameters.get(last, owner._buffers.get(last)) for name, owner, last in places}
+        values: Any = {name: value(owner, last) for name, owner, last in places}
+        return values  # type: ignore[no-any-return]
 
     def watch(self, module: nn.Module) -> Watch:
         """Whether a module still is what this was made for. Raises as `Watch` does."""
@@ -84,6 +87,9 @@ class Variant:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: list[list[str]]
     ) -> None:
         """Makes the kernels ready that such a call needs, and those of its backward; see `CompiledRegion.precompile`."""
+        modules = submodules(module, self.ways)
+        computed = [n for n, path, last in self.places if parametrize.is_parametrized(modules[path], last)]
+        rounds = [*rounds[:-1], [*rounds[-1], *computed]] if rounds else rounds  # of which gradients are wanted for others
         with torch.no_grad():
             self._run(module, _Ready(self, module, rounds), args, kwargs)
 
@@ -289,7 +295,7 @@ class RewrittenForward(OwnForward):
             return variant.run(self.module, flat_args, flat_kwargs, self.watched[id(variant)])
         except variant.skip:
             return self.original(*args, **kwargs)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # the original decides
+        except (AttributeError, Decline, IndexError, RuntimeError, TypeError, ValueError) as error:  # the original decides
             result = self.original(*args, **kwargs)
             if not self.failed:  # once: the original takes what the rewritten block does not
                 kind, text = type(self.module).__name__, f"{type(error).__name__}: {error}"
@@ -373,7 +379,7 @@ class RewrittenForward(OwnForward):
         """A submodule whose work the region took over, and that only the original can honour: with hooks, or another one."""
         for path, kind in variant.types:
             child = modules[path]
-            if type(child) is not kind:
+            if class_of(child) is not kind:
                 return f"{path} is a {type(child).__name__} and was a {kind.__name__}"
             if "forward" in child.__dict__ and foreign_forward(child):
                 return f"{path} has a forward of its own"

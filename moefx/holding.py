@@ -68,7 +68,7 @@ class NoExperts(LeafBinder):
 
 def holding(region: Region, params: Mapping[str, Tensor], ranks: int, rank: int) -> Holding:
     """This rank's experts as a region of their own (K = 1, without weights). Decline, on all ranks, where they cannot be spread."""
-    _check_owners(region, ranks)
+    _check_owners(region, params, ranks)
     experts = region.experts
     held = experts_of(experts, ranks, rank)
     stacked, elsewhere, shared, leaves = dict[str, None](), dict[str, None](), dict[str, None](), list[Leaf]()
@@ -94,8 +94,11 @@ def holding(region: Region, params: Mapping[str, Tensor], ranks: int, rank: int)
     return Holding(local_region, tuple(stacked), tuple(elsewhere), tuple(shared))
 
 
-def _check_owners(region: Region, ranks: int) -> None:
-    """Declines experts that are modules of their own and share a parameter with those of another rank."""
+def _check_owners(region: Region, params: Mapping[str, Tensor], ranks: int) -> None:
+    """Declines experts in what is no parameter, and such that are modules of their own and share a parameter with those of another
+    rank."""
+    if other := next((n for leaf in region.leaves for n in leaf.params if n not in params), ""):
+        raise Decline(f"{other} is no parameter: it is a buffer, or computed at each call (torch.nn.utils.parametrize)")
     owner: dict[str, int] = {}
     for leaf in region.leaves:
         if not (leaf.shared or leaf.stacked):

@@ -38,10 +38,11 @@ def packed(params: Sequence[Tensor]) -> bool:
 
 
 def packable(params: Sequence[Tensor]) -> bool:
-    """Distinct plain parameters of one shape, dtype and device, contiguous."""
+    """Distinct plain parameters of one shape, dtype and device, contiguous, and not computed from others."""
     first = params[0]
     alike = all(
         type(p) in (Tensor, torch.nn.Parameter)
+        and p.is_leaf
         and (p.shape, p.dtype, p.device) == (first.shape, first.dtype, first.device)
         and p.is_contiguous()
         for p in params

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,6 +50,7 @@ def probe_copy(
 ) -> nn.Module:
     """A private copy of `module` on the CPU with random parameters of `dtype`, without hooks.
 
+    What is parametrized (`torch.nn.utils.parametrize`) is a parameter like others there.
     main: the dtype of the block's tokens; parameters of another one keep theirs (a float32 router beside bf16 experts).
     Integer buffers keep their values; constant float buffers are perturbed. Raises Decline when it cannot be copied.
     """
@@ -79,7 +81,24 @@ def probe_copy(
         for name in HOOKS:
             if name in m.__dict__:
                 m.__dict__[name] = type(m.__dict__[name])()
+    for m in list(twin.modules()):
+        if parametrize.is_parametrized(m):
+            _hold_computed(m)
     return twin
+
+
+def _hold_computed(m: nn.Module) -> None:
+    """Makes what is parametrized in a module of a copy a parameter or buffer. torch's `remove_parametrizations` takes the property
+    from the class, which is that of the module that was copied too."""
+    steps: Any = m._modules.pop("parametrizations")
+    with torch.no_grad():
+        values = {name: each().detach().clone() for name, each in steps.items()}
+    m.__class__ = type(m).__bases__[0]
+    for name, value in values.items():
+        if any(True for _ in steps[name].parameters(recurse=False)):
+            m.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        else:
+            m.register_buffer(name, value)
 
 
 def unpack(twin: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from moefx.ops import topk_serves
+from moefx.parametrized import class_of
 from moefx.probe import Example, bind, eagerly
 
 # what routers do and hardly anything else; and what routers and much else do
@@ -192,6 +193,6 @@ def structure_key(module: nn.Module) -> tuple[Any, ...]:
         }
         params = tuple((n, tuple(p.shape)) for n, p in m._parameters.items() if p is not None)
         buffers = tuple((n, tuple(b.shape)) for n, b in m._buffers.items() if b is not None)
-        return (type(m), repr(sorted(simple.items())), tuple(sorted(other.items())), params, buffers)
+        return (class_of(m), repr(sorted(simple.items())), tuple(sorted(other.items())), params, buffers)
 
     return tuple((n, own(m)) for n, m in module.named_modules())

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from moefx.python_state import HELD_DEPTH, PLAIN, has_namespace, names, names_of_layer, namespace, places
@@ -100,9 +101,10 @@ def settings_of(block: nn.Module, kept: tuple[str, ...]) -> tuple[Setting, ...]:
 
 
 def _live(block: nn.Module, kept: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Those that are not still called. What torch.compile made of a module has nothing of its own."""
+    """Those that are not still called, as what computes parameters is. What torch.compile made of one has nothing of its own."""
+    called = (*kept, *(f"{p}.parametrizations".lstrip(".") for p, m in block.named_modules() if is_parametrized(m)))
     modules = ((p, m) for p, m in block.named_modules() if not hasattr(m, "_orig_mod"))
-    return {p: m for p, m in modules if not any(p == k or p.startswith(f"{k}.") for k in kept)}
+    return {p: m for p, m in modules if not any(p == k or p.startswith(f"{k}.") for k in called)}
 
 
 def _held(root: str, steps: tuple[str, ...], space: dict[str, Any], named: frozenset[str]) -> Iterator[Setting]:

@@ -12,7 +12,9 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from moefx.parametrized import check_value, class_of, value
 from moefx.python_state import namespace
 from moefx.settings import Setting
 
@@ -34,6 +36,7 @@ class Watch:
         parameters: Iterable[str] = (),
     ) -> None:
         self.block, self.settings = block, settings
+        self._checked: set[tuple[Any, ...]] = set()  # how parameters were computed that may be at any time
         self._way: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}  # the modules and objects that lead to values
         values: list[tuple[dict[str, Any], Setting]] = []
         self._of_classes: list[tuple[type, Setting]] = []
@@ -53,7 +56,8 @@ class Watch:
         self._expected = [setting.value for _, setting in values]
         self._mode_spaces = [space for space, _ in self._modes]
         self._modules = [self._module(path) for path, _ in types]
-        self._module_spaces, self._kinds = [vars(module) for module in self._modules], [kind for _, kind in types]
+        self._module_spaces = [vars(module) for module in self._modules]
+        self._kinds = [type(m) if class_of(m) is kind else kind for m, (_, kind) in zip(self._modules, types)]
         hooks = [(space, name) for space in self._module_spaces for name in _HOOKS]
         self._hook_spaces, self._hook_names = [space for space, _ in hooks], [name for _, name in hooks]
         self._parameters = tuple(parameters)
@@ -104,8 +108,26 @@ class Watch:
         )
 
     def parameters(self) -> dict[str, Tensor]:
-        """Those of the block by name (None, with experts spread over ranks, where another one holds it)."""
-        return dict(zip(self._parameters, map(_get, self._parameter_spaces, self._parameter_names)))
+        """Those of the block by name (None, with experts spread over ranks, where another one holds it).
+
+        Raises Decline where one is computed now in a way that was not looked at before, and matters (`check_value`).
+        """
+        values = [*map(_get, self._parameter_spaces, self._parameter_names)]
+        if any(map(is_, values, repeat(None))):
+            values = [self._value(name) if value is None else value for name, value in zip(self._parameters, values)]
+        return dict(zip(self._parameters, values))
+
+    def _value(self, name: str) -> Tensor | None:
+        """Of what is no parameter or buffer where it was one: computed, maybe."""
+        path, _, last = name.rpartition(".")
+        owner = self.block.get_submodule(path)
+        if is_parametrized(owner, last):
+            steps: Any = owner.parametrizations[last]  # type: ignore[index]
+            kinds = (*map(type, steps.children()), steps.training)
+            if kinds not in self._checked:
+                check_value(owner, last, name, (steps.training,))
+                self._checked.add(kinds)
+        return value(owner, last)
 
     def __str__(self) -> str:
         """What is another now."""

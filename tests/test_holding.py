@@ -45,6 +45,13 @@ def test_experts_that_share_a_parameter_are_declined_on_all_ranks() -> None:
     assert held(tied, "listed", 1, 0).region.experts == region.experts
 
 
+@pytest.mark.parametrize("style", ["swiglu_fused", "listed"])
+def test_what_is_no_parameter_is_declined(style: str) -> None:
+    region = regions.region(style)
+    with pytest.raises(Decline, match="is no parameter: it is a buffer, or computed at each call"):
+        holding(region, {}, 2, 0)
+
+
 def test_experts_that_do_not_lie_behind_one_another_are_declined() -> None:
     """An expert's rows between those of others, as where the axis of the experts is not the first one."""
     region = regions.region("swiglu_fused")
