@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensor
-from torch.nn.utils.parametrize import ParametrizationList
 
 from moefx import known, probe, region_op, search
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline, InputError
 from moefx.graph_analysis import KNOWN, MAX_KNOWN, Analysis, Found, caller_autocast, entering, observe
 from moefx.graph_nodes import above, autocasts, inline, line_of, name_of
+from moefx.graph_parameters import GraphParameters, attribute
 from moefx.options import Options
 from moefx.passes.select import select
 from moefx.passes.splice import Change, Part, apply, part_of, value_of
@@ -148,10 +148,11 @@ class Candidate:
     depth: int
 
 
-def _candidates(graph: fx.Graph, is_param: Callable[[fx.Node], bool], params: dict[fx.Node, nn.Parameter]) -> list[Part]:
+def _candidates(graph: fx.Graph, params: GraphParameters) -> list[Part]:
     """Plausible parts, deepest first; of those that hold several of equal structure only the members."""
     scopes: dict[str, tuple[int, str, list[fx.Node]]] = {}
-    working = [n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+    kinds = ("call_function", "call_method", "call_module")
+    working = [n for n in graph.nodes if n.op in kinds and n not in params.computing]
     for node in working:
         for depth, (key, entry) in enumerate(node.meta.get("nn_module_stack", {}).items()):
             path = entry[0] if isinstance(entry, tuple) else str(entry)
@@ -159,17 +160,17 @@ def _candidates(graph: fx.Graph, is_param: Callable[[fx.Node], bool], params: di
     found: list[tuple[int, Part]] = []
     for depth, path, nodes in [*scopes.values(), (0, "", working)]:
         with contextlib.suppress(Decline):
-            part = part_of(path, nodes, is_param)
+            part = part_of(path, nodes, params.__contains__)
             if _plausible(part, params) and not _repeats(part, [p for _, p in found if len(p.nodes) < len(part.nodes)]):
                 found.append((depth, part))
     return [part for _, part in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _plausible(part: Part, params: dict[fx.Node, nn.Parameter]) -> bool:
+def _plausible(part: Part, params: GraphParameters) -> bool:
     """As `search.candidates`: parameters that could be experts, and a selection or routing that is given."""
     block = nn.Module()
     for i, node in enumerate(part.params):
-        block.register_parameter(f"p{i}", params[node])
+        block.register_parameter(f"p{i}", params.like(node))
     if not search.plausible(block):
         return False
     names = {name_of(n) for n in part.nodes}
@@ -211,7 +212,7 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions,
     if any(isinstance(x, FakeTensor) for x in inputs):
         report.declined.append(DeclinedBlock("", "the graph came without real inputs, which an analysis needs"))
         return []
-    params, called = _parameters(gm, inputs), list(_called(gm))
+    params, called = GraphParameters(gm, inputs), list(_called(gm))
     parts, transformed = _parts(gm.graph, params)
     for part, inside in transformed:
         reason = "it enters a transform of torch.func (vmap, grad), inside of which nothing is followed"
@@ -221,7 +222,7 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions,
     try:
         if parts or called:
             new = not _all_known(parts, params, called, options)
-            devices = [p.device for p in params.values()] if new else []
+            devices = [p.device for p in params.held.values()] if new else []
             if options.inner == INNER and any(d.type == "cuda" for d in devices):
                 wake_inductor()
             with compiler_prepared(devices, options.kernels):
@@ -231,7 +232,7 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions,
                     seen = observe(gm, inputs, list(firsts.values()), {n for _, operands in called for n in operands})
                 bound = _rewrite_parts(gm, inputs, parts, params, seen, options, report)
                 for inner, operands in called:
-                    bound += _rewrite(inner, [params.get(n, seen.get(n)) for n in operands], options, report)
+                    bound += _rewrite(inner, [params.held.get(n, seen.get(n)) for n in operands], options, report)
     except Decline as reason:
         report.declined.append(DeclinedBlock("", reason.reason, reason.nearest, reason.location))
         find_log.info("declined the graph: %s", reason)
@@ -239,12 +240,12 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions,
     return bound
 
 
-def _parts(graph: fx.Graph, params: dict[fx.Node, nn.Parameter]) -> tuple[list[Part], list[tuple[Part, fx.Node]]]:
+def _parts(graph: fx.Graph, params: GraphParameters) -> tuple[list[Part], list[tuple[Part, fx.Node]]]:
     """The candidates that can be followed; those that cannot, each with the node that is why."""
     parts: list[Part] = []
     others: list[tuple[Part, fx.Node]] = []
     transformed = _transformed(graph)
-    for part in _candidates(graph, params.__contains__, params):
+    for part in _candidates(graph, params):
         inside = next((n for n in part.nodes if n in transformed), None)
         if inside is None:
             parts.append(part)
@@ -265,31 +266,14 @@ def _transformed(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _parameters(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, nn.Parameter]:
-    """The nodes that are parameters: placeholders, or attributes of the graph's module."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    params = {n: x for n, x in zip(placeholders, inputs) if isinstance(x, nn.Parameter)}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and isinstance(value := _attribute(gm, node), nn.Parameter):
-            params[node] = value
-    return params
-
-
-def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
-    value: Any = gm
-    for name in str(node.target).split("."):
-        value = getattr(value, name, None)
-    return value
-
-
 def _called(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, list[fx.Node]]]:
     """Graphs that a node runs once, as activation checkpointing does, with the nodes whose values they are given."""
     seen: set[fx.GraphModule] = set()
     for node in gm.graph.nodes:
-        graphs = [n for n in node.all_input_nodes if n.op == "get_attr" and isinstance(_attribute(gm, n), fx.GraphModule)]
+        graphs = [n for n in node.all_input_nodes if n.op == "get_attr" and isinstance(attribute(gm, n), fx.GraphModule)]
         if node.op != "call_function" or len(graphs) != 1:
             continue
-        inner = _attribute(gm, graphs[0])
+        inner = attribute(gm, graphs[0])
         count = sum(n.op == "placeholder" for n in inner.graph.nodes)
         operands = list(node.args)[len(node.args) - count :]
         if inner not in seen and all(isinstance(n, fx.Node) and n is not graphs[0] for n in operands):
@@ -301,7 +285,7 @@ def _rewrite_parts(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     parts: list[Part],
-    params: dict[fx.Node, nn.Parameter],
+    params: GraphParameters,
     seen: dict[fx.Node, Any],
     options: BackendOptions,
     report: GraphReport,
@@ -335,8 +319,9 @@ def _rewrite_parts(
         taken.update(part.nodes)
         change = found.change.in_part(part)
         names = found.compiled.binder.names
-        theta = [params[n] for n in change.arguments[-len(names) :] if n is not None]
-        bound.append((found.compiled, dict(zip(names, theta))))
+        theta = [n for n in change.arguments[-len(names) :] if n is not None]
+        if all(n in params.held for n in theta):
+            bound.append((found.compiled, {name: params.held[n] for name, n in zip(names, theta)}))
         _specialise(part)
         report.found.append(_reported(part, change, found))
         found.name = found.name or part.name  # of the first of its structure in this graph
@@ -350,7 +335,7 @@ def _rewrite_parts(
     return bound
 
 
-def _all_known(parts: list[Part], params: dict[fx.Node, nn.Parameter], called: Called, options: Options) -> bool:
+def _all_known(parts: list[Part], params: GraphParameters, called: Called, options: Options) -> bool:
     """Whether each part that would be analysed, here and in graphs that are called, was found before: then the graph need not
     run on its example inputs."""
     taken: set[fx.Node] = set()
@@ -360,7 +345,7 @@ def _all_known(parts: list[Part], params: dict[fx.Node, nn.Parameter], called: C
                 return False
             taken.update(part.nodes)
     for inner, operands in called:
-        own = _parameters(inner, [params.get(n) for n in operands])
+        own = GraphParameters(inner, [params.held.get(n) for n in operands])
         if not _all_known(_parts(inner.graph, own)[0], own, list(_called(inner)), options):
             return False
     return True
@@ -394,27 +379,17 @@ def _whole(part: Part) -> bool:
 
 
 def _analyse(
-    gm: fx.GraphModule, part: Part, params: dict[fx.Node, nn.Parameter], seen: dict[fx.Node, Any], options: BackendOptions
+    gm: fx.GraphModule, part: Part, params: GraphParameters, seen: dict[fx.Node, Any], options: BackendOptions
 ) -> Found | Decline:
     autocast = caller_autocast()  # which `neutral` leaves
     try:
         with probe.neutral():
             return Analysis(gm, part, params, seen, options, autocast).found()
     except Decline as reason:
-        if any(_computes_parameter(n) for n in part.nodes):
-            return Decline(
-                "parameters are computed in the graph (torch.nn.utils.parametrize), which is followed in modules only: "
-                "torch.compile(moefx.optimize(model))", f"{reason}", reason.location
-            )  # fmt: skip
         return reason.alone()
     except Exception as error:
         log.exception("moefx failed on %s", part.name or "the graph")
         return Decline(f"moefx itself failed on this part, please report it: {type(error).__name__}: {error}")
-
-
-def _computes_parameter(node: fx.Node) -> bool:
-    scopes = node.meta.get("nn_module_stack", {}).values()
-    return any(isinstance(entry, tuple) and entry[1] is ParametrizationList for entry in scopes)
 
 
 def _specialise(part: Part) -> None:
@@ -425,9 +400,9 @@ def _specialise(part: Part) -> None:
             float(value)
 
 
-def _key(part: Part, params: dict[fx.Node, nn.Parameter], options: Options) -> Any:
+def _key(part: Part, params: GraphParameters, options: Options) -> Any:
     """Equal for parts that one verified change suits."""
-    kinds = (*((params[n].device, params[n].requires_grad) for n in part.params), *(value_of(n).device for n in part.inputs))
+    kinds = (*(params.kind(n) for n in part.params), *(value_of(n).device for n in part.inputs))
     return (part.structure, kinds, caller_autocast(), tuple(map(repr, autocasts(part.nodes[0]).values())), repr(options))
 
 

@@ -29,6 +29,7 @@ from moefx.build import compile_region
 from moefx.compiled import CompiledRegion
 from moefx.errors import Decline
 from moefx.graph_nodes import autocasts, in_autocast, line_of, state_at, transforms_left
+from moefx.graph_parameters import GraphParameters
 from moefx.ir import Region
 from moefx.options import Options
 from moefx.passes import find
@@ -192,13 +193,13 @@ class Analysis:
         self,
         gm: fx.GraphModule,
         part: Part,
-        params: dict[fx.Node, nn.Parameter],
+        params: GraphParameters,
         seen: dict[fx.Node, Any],
         options: Options,
         autocast: tuple[tuple[str, torch.dtype], ...],
     ) -> None:
         self.gm, self.part, self.options, self.autocast = gm, part, options, autocast
-        self.own = [params[n] for n in part.params]
+        self.own = [params.value(n) for n in part.params]
         self.others = {n: seen[n] for n in part.others}
         self.entering = tuple(seen[n] for n in part.inputs)
         self.example = probe.Example.of(self.entering, {})
