@@ -4,7 +4,7 @@ weight norm. A rewritten block asks once a call, for all experts; the model's ow
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from moefx.errors import Decline
 from moefx.probe import state_kept
+from moefx.python_state import attributes
 
 
 def class_of(module: nn.Module) -> type:
@@ -59,15 +60,15 @@ def check_value(owner: nn.Module, name: str, where: str, modes: tuple[bool, ...]
 
 
 def _same_each_time(owner: nn.Module, name: str, steps: nn.Module) -> bool:
+    devices = list({t.device for t in steps.parameters() if t.is_cuda})
+
+    def state() -> tuple[Any, ...]:
+        held = [t._version for t in (*steps.parameters(), *steps.buffers())]
+        return held, [attributes(m) for m in steps.modules()]
+
     def random() -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
-    devices = list({t.device for t in steps.parameters() if t.is_cuda})
-    buffers = [(b, b._version) for b in steps.buffers()]
-    plain = {m: copy.copy(m.__dict__) for m in steps.modules()}
-    states = random()
+    before, drawn = state(), random()
     first, second = getattr(owner, name), getattr(owner, name)
-    kept = all(b._version == version for b, version in buffers) and all(
-        m.__dict__.keys() == was.keys() and all(m.__dict__[k] is v for k, v in was.items()) for m, was in plain.items()
-    )
-    return kept and torch.equal(first, second) and all(map(torch.equal, states, random()))
+    return torch.equal(first, second) and state() == before and all(map(torch.equal, drawn, random()))

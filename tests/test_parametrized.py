@@ -217,7 +217,7 @@ def test_parametrized_during_each_call(late: bool, rewritten_calls: list[str], c
 class Masked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls, self.seen = 0, list[tuple[int, ...]]()
 
     def forward(self, w: Tensor) -> Tensor:
         return nn.functional.dropout(w, 0.5, self.training)
@@ -229,6 +229,12 @@ class Counting(Masked):
         return w * 1.5
 
 
+class Listing(Masked):
+    def forward(self, w: Tensor) -> Tensor:
+        self.seen.append(tuple(w.shape))
+        return w * 1.5
+
+
 def spectral(moe: ListMoe) -> None:
     for expert in moe.experts:
         parametrizations.spectral_norm(expert.up)  # type: ignore[attr-defined]
@@ -237,6 +243,7 @@ def spectral(moe: ListMoe) -> None:
 IMPURE: dict[str, Any] = {
     "_SpectralNorm": spectral,
     "Masked": lambda moe: [parametrize.register_parametrization(e.up, "weight", Masked()) for e in moe.experts],
+    "Listing": lambda moe: [parametrize.register_parametrization(e.up, "weight", Listing()) for e in moe.experts],
     "Counting": lambda moe: [parametrize.register_parametrization(e.up, "weight", Counting()) for e in moe.experts],
 }
 
