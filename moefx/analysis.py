@@ -21,7 +21,7 @@ from moefx.block import Variant
 from moefx.build import compile_region
 from moefx.errors import Decline
 from moefx.options import Options
-from moefx.parametrized import class_of
+from moefx.parametrized import class_of, computed_in
 from moefx.passes import find
 from moefx.passes._lift import Lifter
 from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
@@ -166,7 +166,7 @@ def _realise(
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
         tuple((path, class_of(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph, example.features,
         _order_matters(hypothesis.trace), dtypes_of(module, rewrite.kept, example.args, example.kwargs),
-        modes_of(module, rewrite.kept),
+        modes_of(module, rewrite.kept), computed_in(module),
     )  # fmt: skip
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from moefx import region_op
 from moefx.errors import Decline
 from moefx.ir import Region
-from moefx.parametrized import class_of, value
+from moefx.parametrized import class_of
 from moefx.python_state import PLAIN
 from moefx.routing import Routing, region_inputs
 from moefx.selection import outside, selecting
@@ -59,6 +59,7 @@ class Variant:
     ordered: bool = False  # what it draws at random, or changes in place, makes the order of its operations matter
     dtypes: tuple[torch.dtype, ...] = ()  # it was made for; nothing where its code names none
     modes: tuple[str, ...] = ()  # of torch, that its code asks for: it was made without
+    computed: frozenset[str] = frozenset()  # parameters that the block computed at each call, see `moefx.parametrized`
     ways: tuple[Way, ...] = field(init=False)  # to the submodules that any of this is about
     places: tuple[tuple[str, str, str], ...] = field(init=False)  # of its parameters: the name, the submodule, the name there
 
@@ -74,9 +75,18 @@ class Variant:
         return self._run(module, Moe(self, module, watch), args, kwargs)
 
     def parameters(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Parameters and buffers by name (None, with experts spread over ranks, where another one holds it)."""
-        places: Any = [(name, modules[path], last) for name, path, last in self.places]
-        values: Any = {name: value(owner, last) for name, owner, last in places}
+        """Parameters and buffers by name (None, with experts spread over ranks, where another one holds it).
+
+        Raises `skip` where one is computed now that was none: `Watch` looks at how, but Dynamo cannot.
+        """
+        values: Any = {}
+        for name, path, last in self.places:
+            owner = modules[path]
+            values[name] = owner._parameters.get(last, owner._buffers.get(last))
+            if values[name] is None and parametrize.is_parametrized(owner, last):
+                if name not in self.computed:
+                    raise self.skip(f"{name} is computed at each call now")
+                values[name] = getattr(owner, last)
         return values  # type: ignore[no-any-return]
 
     def watch(self, module: nn.Module) -> Watch:

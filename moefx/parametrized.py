@@ -4,6 +4,7 @@ weight norm. A rewritten block asks once a call, for all experts; the model's ow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,12 +30,23 @@ def value(owner: nn.Module, name: str) -> Tensor | None:
     return held
 
 
+def computed_in(block: nn.Module) -> frozenset[str]:
+    """The names of the parameters that a block computes."""
+    return frozenset(where for where, _, _ in _computed(block))
+
+
 def check(block: nn.Module) -> None:
     """Raises Decline where it matters how often a parameter of the block is computed, in training or not."""
+    for where, owner, name in _computed(block):
+        check_value(owner, name, where, (True, False))
+
+
+def _computed(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The name in the block, the module that has it, the name there."""
     for path, owner in block.named_modules():
         if parametrize.is_parametrized(owner):
             for name in owner.parametrizations:  # type: ignore[union-attr]
-                check_value(owner, name, f"{path}.{name}".lstrip("."), (True, False))
+                yield f"{path}.{name}".lstrip("."), owner, name
 
 
 def check_value(owner: nn.Module, name: str, where: str, modes: tuple[bool, ...]) -> None:

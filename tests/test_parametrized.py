@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 import moefx
 from moefx.block import Variant
 from moefx.errors import Decline
-from moefx.parametrized import check, class_of, value
+from moefx.parametrized import check, class_of, computed_in, value
 
 EXPERTS, D, H = 6, 16, 24
 
@@ -306,6 +306,27 @@ def test_found_by_the_backend(make: Any) -> None:
     assert all(len(graph.found) == 1 for graph in moefx.explain(call).graphs)
 
 
+def test_what_is_parametrized_later_runs_its_own_code_when_compiled() -> None:
+    """Dynamo cannot look at whether it matters how often a parameter is computed."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    original, x = Moe(Dense), torch.randn(37, D)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    graphs: list[str] = []
+
+    def backend(gm: Any, _: Any) -> Any:
+        graphs.append(str(gm.graph))
+        return gm
+
+    call = torch.compile(mine, backend=backend, fullgraph=True)
+    torch.testing.assert_close(call(x), original(x))
+    for model in (original, mine):
+        torch.manual_seed(1)
+        parametrize.register_parametrization(model.experts, "up", Adapter(EXPERTS, H, D))
+    torch.testing.assert_close(call(x), original(x))
+    assert ["routed" in graph for graph in graphs] == [True, False]
+
+
 def test_one_at_a_time() -> None:
     moe = adapted()
     assert class_of(moe.experts) is Experts and class_of(moe) is Moe
@@ -313,6 +334,7 @@ def test_one_at_a_time() -> None:
     assert w is not None and w.requires_grad and w.shape == (EXPERTS, H, D)
     assert value(moe.router, "weight") is moe.router.weight and value(moe.router, "bias") is None
     check(moe)
+    assert computed_in(moe) == {"experts.up", "experts.down"}
     parametrize.register_parametrization(moe.router, "weight", Masked())
     with pytest.raises(Decline, match="router.weight is computed at each call, by Masked, .* in training"):
         check(moe)
