@@ -292,12 +292,19 @@ def test_compiled(entrance: str) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda: adapted(Dense), lambda: adapted(Dense).experts, lambda: normed(DenseList)], ids=str)
-def test_found_by_the_backend(make: Any) -> None:
+MADE: dict[str, Any] = {
+    "stacked": lambda: adapted(Dense),
+    "experts alone": lambda: adapted(Dense).experts,
+    "listed": lambda: normed(DenseList),
+}
+
+
+@pytest.mark.parametrize("what", MADE)
+def test_found_by_the_backend(what: str) -> None:
     """What computes parameters stays in the graph, and is differentiated there."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    original = make()
+    original = MADE[what]()
     mine, x = copy.deepcopy(original), torch.randn(37, D)
     call = torch.compile(mine, backend="moefx", options={"inner": "aot_eager"}, fullgraph=True)
     rest = () if hasattr(original, "router") else (torch.randint(EXPERTS, (37, 2)), torch.rand(37, 2))
