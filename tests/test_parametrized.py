@@ -153,6 +153,27 @@ def test_outputs_and_gradients(make: Any, rewritten_calls: list[str], caplog: py
     torch.testing.assert_close(mine(x), original(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [adapted, normed])
+def test_on_a_gpu(make: Any) -> None:
+    """Launches come from tapes from the third step of a size on, while what is computed lies elsewhere each time."""
+    steps_come_out_the_same(make, "cuda", tolerance=1e-3)
+
+
+def test_step_after_step() -> None:
+    steps_come_out_the_same(adapted, "cpu", tolerance=1e-4)
+
+
+def steps_come_out_the_same(make: Any, device: str, tolerance: float) -> None:
+    torch.manual_seed(0)
+    original, x = make().to(device), torch.randn(37, D, device=device)
+    mine = moefx.optimize(copy.deepcopy(original), (x,))
+    assert moefx.explain(mine).found
+    for _ in range(5):
+        expected, actual = stepped(original, x), stepped(mine, x)
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
 def test_two_blocks_share_an_analysis() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(adapted(), nn.LayerNorm(D), adapted())
