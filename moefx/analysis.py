@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moefx import probe, selection, verify
+from moefx import parametrized, probe, selection, verify
 from moefx.block import Variant
 from moefx.build import compile_region
 from moefx.errors import Decline
 from moefx.options import Options
-from moefx.parametrized import class_of, computed_in
 from moefx.passes import find
 from moefx.passes._lift import Lifter
 from moefx.passes.canonicalise import GuardFailed, canonicalise, placeholder_names
@@ -49,6 +48,7 @@ def analyse(
             raise Decline(
                 f"the block takes a {type(leaf).__name__}: what it holds cannot be followed from call to call"
             )
+    parametrized.check(module)
     example = oriented(twin, probe.Example.of(args, kwargs), options.seed)
     experts = probe.guess_experts(module)
     reasons: list[Decline] = []
@@ -161,12 +161,13 @@ def _realise(
     )
     lowest = precision([v.tensor for v in hypothesis.trace.values])
     location = _source_line(type(module))
+    types = tuple((path, parametrized.class_of(module.get_submodule(path))) for path in rewrite.swallowed)
     variant = Variant(
         compiled.region, hypothesis.routing.alone(), compiled, rewrite.forward, rewrite.structure, rewrite.source, rewrite.kept,
         rewrite.swallowed, GuardFailed, lowest, {}, location, stages, settings_of(module, rewrite.kept),
-        tuple((path, class_of(module.get_submodule(path))) for path in rewrite.swallowed), rewrite.graph, example.features,
+        types, rewrite.graph, example.features,
         _order_matters(hypothesis.trace), dtypes_of(module, rewrite.kept, example.args, example.kwargs),
-        modes_of(module, rewrite.kept), computed_in(module),
+        modes_of(module, rewrite.kept), parametrized.computed_in(module),
     )  # fmt: skip
     run = lambda a, k: variant.run(twin, a, k)  # noqa: E731
     errors = verify.verify(twin, run, example, hypothesis.region.experts, lowest, GuardFailed)

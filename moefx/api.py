@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from moefx import parametrized, probe, search, verify
+from moefx import probe, search, verify
 from moefx.analysis import analyse, compare_on_device, gradient_rounds, own_weights, runs, runs_on_some
 from moefx.block import (
     Replicas,
@@ -454,7 +454,6 @@ def _try(
         if foreign_forward(child):
             return Decline(f"{name or 'the block'} has a forward of its own on the instance: what it does is not known")
     try:
-        parametrized.check(module)
         variant = forward.variant_for(*copy.deepcopy((example.args, example.kwargs)))
         if isinstance(variant, Decline):
             return variant

@@ -81,7 +81,7 @@ class Variant:
         """
         values: Any = {}
         for name, path, last in self.places:
-            owner = modules[path]
+            owner = modules[path]  # and then as `parametrized.value`, but no call for each: Dynamo traces them
             values[name] = owner._parameters.get(last, owner._buffers.get(last))
             if values[name] is None and parametrize.is_parametrized(owner, last):
                 if name not in self.computed:
@@ -97,9 +97,8 @@ class Variant:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: list[list[str]]
     ) -> None:
         """Makes the kernels ready that such a call needs, and those of its backward; see `CompiledRegion.precompile`."""
-        modules = submodules(module, self.ways)
-        computed = [n for n, path, last in self.places if parametrize.is_parametrized(modules[path], last)]
-        rounds = [*rounds[:-1], [*rounds[-1], *computed]] if rounds else rounds  # of which gradients are wanted for others
+        if rounds:  # gradients of what is computed are wanted for what it is computed from
+            rounds = [*rounds[:-1], [*rounds[-1], *self.computed]]
         with torch.no_grad():
             self._run(module, _Ready(self, module, rounds), args, kwargs)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from moefx.graph_nodes import above
 from moefx.passes.splice import value_of
 
 
@@ -46,23 +47,15 @@ class GraphParameters:
         """The parameter itself; of one that is computed, what it is now."""
         if node in self.held:
             return self.held[node]
+        runner, nodes = fx.Interpreter(self._gm), self._gm.graph.nodes
+        runner.env.update(self._given)
+        needed = set(above([node], len(nodes)))
         with torch.no_grad():
-            value = self._made(node, {})
+            for n in nodes:
+                if n in needed and n not in runner.env:
+                    runner.env[n] = runner.run_node(n)
         kind = value_of(node)
-        return nn.Parameter(value.detach().to(kind.dtype), requires_grad=kind.requires_grad)
-
-    def _made(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-        if node not in known:
-            if node.op == "placeholder":
-                known[node] = self._given[node]
-            elif node.op == "get_attr":
-                known[node] = attribute(self._gm, node)
-            else:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._made(n, known))
-                method = node.op == "call_method"
-                function: Any = getattr(args[0], str(node.target)) if method else node.target
-                known[node] = function(*(args[1:] if method else args), **kwargs)
-        return known[node]
+        return nn.Parameter(runner.env[node].detach().to(kind.dtype), requires_grad=kind.requires_grad)
 
     def like(self, node: fx.Node) -> nn.Parameter:
         """The parameter; of one that is computed, one without values of that shape and dtype."""

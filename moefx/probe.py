@@ -90,10 +90,11 @@ def probe_copy(
 def _hold_computed(m: nn.Module) -> None:
     """Makes what is parametrized in a module of a copy a parameter or buffer. torch's `remove_parametrizations` takes the property
     from the class, which is that of the module that was copied too."""
+    plain = parametrize.type_before_parametrizations(m)
     steps: Any = m._modules.pop("parametrizations")
     with torch.no_grad():
         values = {name: each().detach().clone() for name, each in steps.items()}
-    m.__class__ = type(m).__bases__[0]
+    m.__class__ = plain
     for name, value in values.items():
         if any(True for _ in steps[name].parameters(recurse=False)):
             m.register_parameter(name, nn.Parameter(value, requires_grad=False))

@@ -35,10 +35,10 @@ class Watch:
         types: tuple[tuple[str, type], ...] = (),
         parameters: Iterable[str] = (),
     ) -> None:
-        self.block, self.settings = block, settings
+        self.block = block
         self._checked: set[tuple[Any, ...]] = set()  # how parameters were computed that may be at any time
         self._way: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}  # the modules and objects that lead to values
-        values: list[tuple[dict[str, Any], Setting]] = []
+        self._values: list[tuple[dict[str, Any], Setting]] = []
         self._of_classes: list[tuple[type, Setting]] = []
         self._modes: list[tuple[dict[str, Any], Setting]] = []
         for setting in settings:
@@ -50,19 +50,20 @@ class Watch:
             elif setting.name == "training" and not setting.steps:
                 self._modes.append((namespace(holder), setting))
             else:
-                values.append((namespace(holder), setting))
-        self._values = values
-        self._spaces, self._names = [space for space, _ in values], [setting.name for _, setting in values]
-        self._expected = [setting.value for _, setting in values]
+                self._values.append((namespace(holder), setting))
+        self._spaces = [space for space, _ in self._values]
+        self._names = [setting.name for _, setting in self._values]
+        self._expected = [setting.value for _, setting in self._values]
         self._mode_spaces = [space for space, _ in self._modes]
         self._modules = [self._module(path) for path, _ in types]
         self._module_spaces = [vars(module) for module in self._modules]
         self._kinds = [type(m) if class_of(m) is kind else kind for m, (_, kind) in zip(self._modules, types)]
         hooks = [(space, name) for space in self._module_spaces for name in _HOOKS]
         self._hook_spaces, self._hook_names = [space for space, _ in hooks], [name for _, name in hooks]
-        self._parameters = tuple(parameters)
-        places = [self._place(name) for name in self._parameters]
-        self._parameter_spaces, self._parameter_names = [space for space, _ in places], [name for _, name in places]
+        self._owners = {name: (self._module(path), last) for name in parameters for path, _, last in [name.rpartition(".")]}
+        owners = self._owners.values()
+        self._parameter_spaces = [o._parameters if last in o._parameters else o._buffers for o, last in owners]
+        self._parameter_names = [last for _, last in owners]
         self._way_spaces = [space for space, _, _ in self._way.values()]
         self._way_names = [name for _, name, _ in self._way.values()]
         self._holders = [holder for _, _, holder in self._way.values()]
@@ -76,11 +77,6 @@ class Watch:
     def _step(self, space: dict[str, Any], name: str) -> Any:
         self._way[id(space), name] = space, name, space[name]
         return space[name]
-
-    def _place(self, name: str) -> tuple[dict[str, Any], str]:
-        path, _, last = name.rpartition(".")
-        owner = self._module(path)
-        return (owner._parameters if last in owner._parameters else owner._buffers), last
 
     def moved(self) -> bool:
         """Whether another module or object stands where one was: then this one looks at what is not in use any more."""
@@ -114,13 +110,12 @@ class Watch:
         """
         values = [*map(_get, self._parameter_spaces, self._parameter_names)]
         if any(map(is_, values, repeat(None))):
-            values = [self._value(name) if value is None else value for name, value in zip(self._parameters, values)]
-        return dict(zip(self._parameters, values))
+            values = [self._value(name) if value is None else value for name, value in zip(self._owners, values)]
+        return dict(zip(self._owners, values))
 
     def _value(self, name: str) -> Tensor | None:
         """Of what is no parameter or buffer where it was one: computed, maybe."""
-        path, _, last = name.rpartition(".")
-        owner = self.block.get_submodule(path)
+        owner, last = self._owners[name]
         if is_parametrized(owner, last):
             steps: Any = owner.parametrizations[last]  # type: ignore[index]
             kinds = (*map(type, steps.children()), steps.training)
